@@ -1,0 +1,1 @@
+"""Measurements: each prints its hardware and checks results before timing them."""

@@ -1,0 +1,1 @@
+"""Reads a bundle, adds graphs/, proves parity."""

@@ -1,0 +1,1 @@
+"""The HTTP gateway; never imports torch, training or model_export."""

@@ -1,0 +1,1 @@
+"""One file per training stage; each runs as `python -m training.<stage>`."""
