@@ -1,0 +1,142 @@
+"""One search from raw context to ranked rows: understand, render, prefill, decode, expand.
+
+Serving, evaluation and the golden examples of a bundle all run this function; they differ only in the decoder.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from onesearch.bundle import Bundle, GoldenExample
+from onesearch.catalog import Filters
+from onesearch.context import SearchContext
+from onesearch.decode import BeamConfig, BeamResult, ScoreMode, beam_search
+from onesearch.runtime import Decoder
+from onesearch.sequence import Prompt
+from onesearch.sid import Codes
+
+GOLDEN_TOP = 50
+GOLDEN_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """limit items of the answer; width beams; keywords: whether to match keywords into the prompt."""
+
+    limit: int = 20
+    width: int = 512
+    score: ScoreMode = "level"
+    keywords: bool = False
+    filters: Filters | None = None
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """rows: int64 [n] catalog rows, best first. scores: float32 [n], the log-probability of each row's SID.
+
+    beams: beams kept per level. timings_ms: wall time per stage. eligible: items that pass the filters.
+    """
+
+    rows: npt.NDArray[np.int64]
+    scores: npt.NDArray[np.float32]
+    query_sid: Codes
+    keywords: tuple[str, ...]
+    beams: tuple[int, ...]
+    timings_ms: dict[str, float]
+    eligible: int
+
+
+@dataclass
+class _Clock:
+    """Wall time per named stage, in milliseconds."""
+
+    timings: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.timings[name] = round((time.perf_counter() - start) * 1e3, 3)
+
+
+class Searcher:
+    """Searches one bundle with one decoder. Thread-safe if the decoder is."""
+
+    def __init__(self, bundle: Bundle, decoder: Decoder) -> None:
+        self.bundle = bundle
+        self._decoder = decoder
+
+    def search(self, context: SearchContext, options: SearchOptions) -> SearchResult:
+        """The best min(limit, eligible) items for a context. Raises DecodeError if the model fails."""
+        clock, catalog = _Clock(), self.bundle.catalog
+        with clock.stage("understand"):
+            if options.keywords and not context.keywords:
+                context = replace(context, keywords=self.bundle.keywords.match(context.query))
+            prompt, query_sid = self.render(context)
+        with clock.stage("mask"):
+            eligible = None if options.filters is None else catalog.eligible(options.filters)
+            mask = None if eligible is None else self.bundle.trie.subset(catalog.sid_mask(eligible))
+        with clock.stage("prefill"):
+            step = self._decoder.start(prompt)
+        with clock.stage("decode"):
+            config = BeamConfig(width=options.width, top_n=min(options.limit, options.width), score=options.score)
+            found = beam_search(step, self.bundle.trie, config, mask)
+        with clock.stage("expand"):
+            rows, sources = catalog.expand(found.leaves, options.limit, eligible)
+        count = catalog.num_items if eligible is None else int(eligible.sum())
+        scores = found.scores[sources]
+        return SearchResult(rows, scores, query_sid, context.keywords, found.beams, clock.timings, count)
+
+    def render(self, context: SearchContext) -> tuple[Prompt, Codes]:
+        """The model input of a context and the query's SID uint16 [L]."""
+        fields = self.bundle.encoder.fields(context)
+        assert fields.query_sid is not None
+        return self.bundle.renderer.prompt("search", fields), fields.query_sid
+
+    def decode(self, prompt: Prompt, config: BeamConfig) -> BeamResult:
+        """Beam search over all live SIDs for a rendered prompt."""
+        return beam_search(self._decoder.start(prompt), self.bundle.trie, config)
+
+
+def golden_example(searcher: Searcher, context: SearchContext, width: int = 512) -> GoldenExample:
+    """Record what this searcher does for a context."""
+    prompt, _ = searcher.render(context)
+    found = searcher.decode(prompt, BeamConfig(width=width, top_n=min(GOLDEN_TOP, width)))
+    return GoldenExample(
+        context=context,
+        ids=tuple(prompt.ids.tolist()),
+        codes=tuple(tuple(row) for row in found.codes.tolist()),
+        scores=tuple(found.scores.tolist()),
+    )
+
+
+def replay(searcher: Searcher, examples: Sequence[GoldenExample], width: int = 512) -> list[str]:
+    """Faults of golden examples: prompt ids must be equal, the top SIDs and scores equal within tolerance.
+
+    Two SIDs may trade places only when their recorded scores differ by less than the tolerance.
+    """
+    faults: list[str] = []
+    for number, golden in enumerate(examples):
+        found = golden_example(searcher, golden.context, width)
+        if found.ids != golden.ids:
+            faults.append(f"example {number}: prompt renders to other ids")
+        elif len(found.scores) != len(golden.scores):
+            faults.append(f"example {number}: finds {len(found.scores)} SIDs, expected {len(golden.scores)}")
+        elif golden.scores and (gap := _score_gap(found, golden)) > GOLDEN_TOLERANCE:
+            faults.append(f"example {number}: scores differ by {gap:.2g}, allowed {GOLDEN_TOLERANCE}")
+    return faults
+
+
+def _score_gap(found: GoldenExample, golden: GoldenExample) -> float:
+    """Largest score difference by rank and, for SIDs of both lists, by SID."""
+    by_rank = np.abs(np.subtract(found.scores, golden.scores)).max()
+    recorded = dict(zip(golden.codes, golden.scores, strict=True))
+    common = [
+        abs(score - recorded[c]) for c, score in zip(found.codes, found.scores, strict=True) if c in recorded
+    ]
+    missing = [golden.scores[-1] - recorded[c] for c in recorded.keys() - set(found.codes)]
+    return float(max([by_rank, *common, *(abs(m) for m in missing)]))
