@@ -1,0 +1,188 @@
+// The three loops over logits that dominate a beam step, each as portable code and as AVX2 code chosen at run time,
+// so that one binary runs on every x86-64 (and, portably, elsewhere).
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace sid {
+
+struct Kernels {
+  // Largest of x[0 … n), or NaN when any of them is not finite. n > 0.
+  float (*max_finite)(const float* x, std::size_t n);
+  // Σ exp(x[i] - max), each term a float within 2 ulp, summed in double.
+  double (*sum_exp)(const float* x, std::size_t n, float max);
+  // Positions with x[i] >= bar, ascending, written to out (room for n); returns how many.
+  std::size_t (*at_least)(const float* x, std::size_t n, float bar, std::uint32_t* out);
+};
+
+// exp(x) for x <= 0: x = k ln2 + r with |r| <= ln2 / 2, then a degree-6 polynomial (Cephes coefficients).
+namespace expf_constants {
+constexpr float kLog2e = 1.44269504088896341f;
+constexpr float kLn2High = 0.693359375f;
+constexpr float kLn2Low = -2.12194440e-4f;
+constexpr float kFloor = -86.0f;           // below this the term is lost beside the 1 that the maximum contributes
+constexpr float kRound = 12582912.0f;      // 1.5 * 2^23: adding it leaves round(x) in the low mantissa bits
+constexpr std::array<float, 6> kPoly = {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f,
+                                        4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
+}  // namespace expf_constants
+
+namespace portable {
+
+inline float max_finite(const float* x, std::size_t n) {
+  float max = -std::numeric_limits<float>::infinity();
+  float taint = 0.0f;  // stays 0 unless something is infinite or NaN
+  for (std::size_t i = 0; i < n; ++i) {
+    max = x[i] > max ? x[i] : max;
+    taint += x[i] * 0.0f;
+  }
+  return max + taint;
+}
+
+inline float exp_term(float x) {
+  using namespace expf_constants;
+  x = std::max(x, kFloor);
+  const float shifted = x * kLog2e + kRound;
+  const float k = shifted - kRound;
+  const float r = (x - k * kLn2High) - k * kLn2Low;
+  float p = kPoly[0];
+  for (std::size_t j = 1; j < kPoly.size(); ++j) p = p * r + kPoly[j];
+  p = p * (r * r) + r + 1.0f;
+  return std::bit_cast<float>(std::bit_cast<std::uint32_t>(p) + (std::bit_cast<std::uint32_t>(shifted) << 23));
+}
+
+inline double sum_exp(const float* x, std::size_t n, float max) {
+  std::array<double, 8> sum{};
+  std::size_t i = 0;
+  for (; i + sum.size() <= n; i += sum.size())
+    for (std::size_t lane = 0; lane < sum.size(); ++lane) sum[lane] += static_cast<double>(exp_term(x[i + lane] - max));
+  for (; i < n; ++i) sum[0] += static_cast<double>(exp_term(x[i] - max));
+  return ((sum[0] + sum[4]) + (sum[2] + sum[6])) + ((sum[1] + sum[5]) + (sum[3] + sum[7]));
+}
+
+inline std::size_t at_least(const float* x, std::size_t n, float bar, std::uint32_t* out) {
+  std::size_t found = 0;
+  for (std::size_t i = 0; i < n; ++i) {
+    out[found] = static_cast<std::uint32_t>(i);
+    found += x[i] >= bar;
+  }
+  return found;
+}
+
+constexpr Kernels kernels{max_finite, sum_exp, at_least};
+
+}  // namespace portable
+
+#if defined(__x86_64__)
+namespace avx2 {
+
+#define SID_AVX2 __attribute__((target("avx2,fma")))
+
+SID_AVX2 inline float max_finite(const float* x, std::size_t n) {
+  const __m256 zero = _mm256_setzero_ps();
+  const __m256 lowest = _mm256_set1_ps(-std::numeric_limits<float>::infinity());
+  __m256 max[4] = {lowest, lowest, lowest, lowest};
+  __m256 taint[4] = {zero, zero, zero, zero};
+  std::size_t i = 0;
+  for (; i + 32 <= n; i += 32)
+    for (std::size_t j = 0; j < 4; ++j) {
+      const __m256 v = _mm256_loadu_ps(x + i + 8 * j);
+      max[j] = _mm256_max_ps(max[j], v);
+      taint[j] = _mm256_fmadd_ps(v, zero, taint[j]);
+    }
+  for (std::size_t j = 1; j < 4; ++j) {
+    max[0] = _mm256_max_ps(max[0], max[j]);
+    taint[0] = _mm256_add_ps(taint[0], taint[j]);
+  }
+  alignas(32) std::array<float, 8> lane_max, lane_taint;
+  _mm256_store_ps(lane_max.data(), max[0]);
+  _mm256_store_ps(lane_taint.data(), taint[0]);
+  float result = lane_max[0], tainted = lane_taint[0];
+  for (std::size_t lane = 1; lane < 8; ++lane) {
+    result = std::max(result, lane_max[lane]);
+    tainted += lane_taint[lane];
+  }
+  for (; i < n; ++i) {
+    result = std::max(result, x[i]);
+    tainted += x[i] * 0.0f;
+  }
+  return result + tainted;
+}
+
+SID_AVX2 inline __m256 exp_terms(__m256 x) {
+  using namespace expf_constants;
+  const __m256 round = _mm256_set1_ps(kRound);
+  x = _mm256_max_ps(x, _mm256_set1_ps(kFloor));
+  const __m256 shifted = _mm256_fmadd_ps(x, _mm256_set1_ps(kLog2e), round);
+  const __m256 k = _mm256_sub_ps(shifted, round);
+  __m256 r = _mm256_fnmadd_ps(k, _mm256_set1_ps(kLn2High), x);
+  r = _mm256_fnmadd_ps(k, _mm256_set1_ps(kLn2Low), r);
+  __m256 p = _mm256_set1_ps(kPoly[0]);
+  for (std::size_t j = 1; j < kPoly.size(); ++j) p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(kPoly[j]));
+  const __m256 one = _mm256_set1_ps(1.0f);
+  p = _mm256_fmadd_ps(_mm256_fmadd_ps(p, r, one), r, one);
+  const __m256i exponent = _mm256_slli_epi32(_mm256_castps_si256(shifted), 23);
+  return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), exponent));
+}
+
+SID_AVX2 inline void add_terms(__m256 x, __m256 max, __m256d& low, __m256d& high) {
+  const __m256 e = exp_terms(_mm256_sub_ps(x, max));
+  low = _mm256_add_pd(low, _mm256_cvtps_pd(_mm256_castps256_ps128(e)));
+  high = _mm256_add_pd(high, _mm256_cvtps_pd(_mm256_extractf128_ps(e, 1)));
+}
+
+SID_AVX2 inline double sum_exp(const float* x, std::size_t n, float max) {
+  const __m256 shift = _mm256_set1_ps(max);
+  __m256d low = _mm256_setzero_pd(), high = _mm256_setzero_pd();
+  std::size_t i = 0;
+  for (; i + 8 <= n; i += 8) add_terms(_mm256_loadu_ps(x + i), shift, low, high);
+  if (i < n) {  // padding adds e^-86 per lane: nothing beside the maximum's 1
+    alignas(32) std::array<float, 8> rest;
+    rest.fill(-std::numeric_limits<float>::infinity());
+    std::copy(x + i, x + n, rest.begin());
+    add_terms(_mm256_load_ps(rest.data()), shift, low, high);
+  }
+  alignas(32) std::array<double, 4> sum;
+  _mm256_store_pd(sum.data(), _mm256_add_pd(low, high));
+  return (sum[0] + sum[2]) + (sum[1] + sum[3]);
+}
+
+SID_AVX2 inline std::size_t at_least(const float* x, std::size_t n, float bar, std::uint32_t* out) {
+  const __m256 limit = _mm256_set1_ps(bar);
+  std::size_t found = 0, i = 0;
+  for (; i + 8 <= n; i += 8) {
+    auto hits = static_cast<std::uint32_t>(
+        _mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(x + i), limit, _CMP_GE_OQ)));
+    for (; hits != 0; hits &= hits - 1) out[found++] = static_cast<std::uint32_t>(i) + static_cast<std::uint32_t>(std::countr_zero(hits));
+  }
+  for (; i < n; ++i)
+    if (x[i] >= bar) out[found++] = static_cast<std::uint32_t>(i);
+  return found;
+}
+
+#undef SID_AVX2
+
+constexpr Kernels kernels{max_finite, sum_exp, at_least};
+
+}  // namespace avx2
+#endif
+
+inline const Kernels& best_kernels() {
+#if defined(__x86_64__)
+  static const bool fast = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  return fast ? avx2::kernels : portable::kernels;
+#else
+  return portable::kernels;
+#endif
+}
+
+}  // namespace sid
