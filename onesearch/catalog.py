@@ -49,6 +49,11 @@ class Item:
     attributes: tuple[tuple[str, Any], ...] = ()
     published_at: int = 0
 
+    def text(self) -> str:
+        """What the embedder reads of an item: title, brand, category names and a description, if it has one."""
+        described = dict(self.attributes).get("description", "")
+        return " ".join(part for part in (self.title, self.brand, *self.category, str(described)) if part)
+
     def to_json(self) -> bytes:
         """The public fields of a search result, as UTF-8 JSON."""
         return orjson.dumps(

@@ -1,0 +1,54 @@
+# make build | demo | test | check | bench; everything lives in .venv, nothing is installed elsewhere.
+PYTHON ?= python3
+# For example PIP_ARGS="--index-url …" to choose a package index.
+PIP_ARGS ?=
+PORT ?= 8000
+BIN := .venv/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile $(PIP_ARGS)
+NATIVE := pyproject.toml trie/CMakeLists.txt $(wildcard trie/csrc/*)
+BUILT := .venv/.built
+DEV := .venv/.dev
+
+.PHONY: build demo test check bench clean
+
+build: $(BUILT)
+
+$(BUILT): $(NATIVE)
+	@echo "setting up .venv: the first time takes about two minutes"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) torch==2.13.0
+	$(PIP) --editable ".[cpu,train,export]"
+	@touch $@
+
+$(DEV): $(BUILT)
+	$(PIP) --editable ".[cpu,train,export,dev]"
+	@touch $@
+
+demo/data/items.jsonl: | $(BUILT)
+	$(BIN)/onesearch-simulate demo/data
+
+demo/bundle/manifest.json: demo/data/items.jsonl
+	$(BIN)/onesearch-train recipes/demo.toml --data demo/data --out demo/bundle --work demo/work
+
+demo/bundle/graphs/stamp.json: demo/bundle/manifest.json
+	$(BIN)/onesearch-export demo/bundle --target onnx
+
+demo: $(BUILT) demo/bundle/graphs/stamp.json
+	$(BIN)/onesearch-serve demo/bundle --port $(PORT)
+
+test: $(DEV)
+	$(BIN)/python -m pytest
+
+check: $(DEV)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m nanobind.stubgen -q -m trie._native -o .venv/_native.pyi
+	diff -u trie/_native.pyi .venv/_native.pyi
+
+bench: $(DEV)
+	$(BIN)/python -m benchmarks.trie
+
+clean:
+	rm -rf .venv build demo runs

@@ -1,0 +1,214 @@
+"""`onesearch-train RECIPE --data DIR --out BUNDLE`: runs the stages in order and writes a bundle.
+
+The work folder keeps what each stage made under a name that holds the fingerprint of everything that went into
+it, so a second run skips what is done and a run that was killed continues where it stopped.
+"""
+
+import hashlib
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import orjson
+import typer
+from rich.console import Console
+
+from onesearch import __version__
+from onesearch.arrays import write_atomically
+from onesearch.bundle import SCHEMA_VERSION, Bundle, Manifest, open_parts, sha256
+from onesearch.context import SearchContext
+from onesearch.errors import BundleError, ConfigError, OneSearchError
+from training.bootstrap import bootstrap
+from training.codebooks import fit_codebooks
+from training.embedder import ClickPairs, fit_embedder
+from training.keywords import mine_keywords
+from training.package import Identifiers, catalog_items, recipe_json, write_bundle, write_identifiers
+from training.progress import StageMeters
+from training.recipe import Recipe, load_recipe
+from training.samples import Sources
+from training.sessions import PageView, click_rates, page_views
+from training.sft import train
+from training.sid_metrics import sid_report
+from training.tables import Tables, load_tables
+from training.tokenizer import train_tokenizer
+
+_FOREIGN_QUERY = "蓝色 башмаки ζ 42"  # a golden example in scripts the shop never saw
+_console = Console(stderr=True)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Stage results by fingerprint. A stage's folder exists whole or not at all, except `sft`, which resumes."""
+
+    root: Path
+
+    def folder(self, stage: str, inputs: Mapping[str, Any]) -> Path:
+        """Where the result of a stage with these inputs belongs."""
+        text = orjson.dumps({"version": __version__, **inputs}, option=orjson.OPT_SORT_KEYS)
+        return self.root / f"{stage}-{hashlib.sha256(text).hexdigest()[:16]}"
+
+
+def train_bundle(recipe: Recipe, data: Path, out: Path, work: Work) -> Manifest:
+    """Run every stage that is not done yet and write the bundle. Raises OneSearchError; `out` must not exist."""
+    if out.exists():
+        raise BundleError(
+            f"bundle {out}", ["exists already; bundles are immutable, remove it or choose another name"]
+        )
+    tables = _with_queries(load_tables(data), recipe)
+    views = page_views(tables)
+    training = [view for view in views if view.split == "train"]
+    plain = recipe_json(recipe)
+    inputs = {"data": _fingerprint(data), **{k: plain[k] for k in _IDENTIFIER_KEYS}}
+    identifiers = work.folder("identifiers", inputs)
+    if identifiers.exists():
+        _console.print(f"identifiers: done before, in {identifiers.name}")
+    else:
+        _fit_identifiers(recipe, tables, training, identifiers)
+    bundle = open_parts(identifiers, Manifest(SCHEMA_VERSION, "", "", "", "", {}, {}, {}))
+    sft = work.folder("sft", {"identifiers": identifiers.name, **{k: plain[k] for k in _TRAIN_KEYS}})
+    model, losses = train(recipe, _sources(recipe, bundle, tables, training), sft)
+    report = orjson.loads((identifiers / "sid_report.json").read_bytes())
+    held_out = [view for view in views if view.split != "train"] or training
+    golden = _golden_contexts(recipe, bundle, held_out)
+    return write_bundle(identifiers, model, golden, out, plain, {"sid": report, "loss": losses})
+
+
+_IDENTIFIER_KEYS = ("seed", "data", "tokenizer", "embedder", "codebooks", "sequence")
+_TRAIN_KEYS = ("seed", "data", "threads", "precision", "model", "stages")
+
+
+def _with_queries(tables: Tables, recipe: Recipe) -> Tables:
+    """Tables as they are, or with pseudo-queries when the shop has no logs and the recipe allows them."""
+    if tables.recall is not None and len(tables.recall):
+        return tables
+    if not recipe.data.bootstrap:
+        raise ConfigError("data.bootstrap: false, but the tables hold no recall sessions to train on")
+    return replace(tables, recall=bootstrap(tables.items, recipe.seed))
+
+
+def _fit_identifiers(recipe: Recipe, tables: Tables, views: Sequence[PageView], folder: Path) -> None:
+    items = catalog_items(tables.items)
+    queries = list(dict.fromkeys(view.context.query for view in views))
+    texts = [*(item.text() for item in items), *queries]
+    pairs = _click_pairs([item.item_id for item in items], queries, views, recipe.seed)
+    progress = StageMeters()
+    embedder = fit_embedder(texts, pairs, recipe.embedder, progress)
+    vectors = embedder.embed(texts)
+    item_vectors, query_vectors = vectors[: len(items)], vectors[len(items) :]
+    codebooks, item_sids = fit_codebooks(item_vectors, query_vectors, recipe.codebooks, progress)
+    progress.close()
+    keywords = mine_keywords(tables.items, views, recipe.data.min_keyword_items)
+    profiles = sorted({view.context.profile for view in views})
+    corpus = [
+        *tables.items["item_title"],
+        *queries,
+        *profiles,
+        *tables.items["category_level2_name"].unique().sort(),
+    ]
+    tokenizer = train_tokenizer(corpus, recipe.tokenizer.vocab_size, codebooks.spec)
+    query_sids = codebooks.encode(query_vectors)
+    report = sid_report(
+        item_sids,
+        codebooks.sizes,
+        pairs=(query_sids[pairs.query], item_sids[pairs.item]),
+        categories=_categories(tables),
+    )
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    parts = Identifiers(
+        tables.items, item_sids, click_rates(views), embedder, codebooks, tokenizer, recipe.sequence, keywords
+    )
+    write_identifiers(partial, parts)
+    write_atomically(partial / "sid_report.json", orjson.dumps(report, option=orjson.OPT_INDENT_2))
+    partial.rename(folder)
+    _console.print(f"identifiers: {len(items)} items, {len(queries)} queries; {orjson.dumps(report).decode()}")
+
+
+def _click_pairs(
+    item_ids: Sequence[int], queries: Sequence[str], views: Sequence[PageView], seed: int
+) -> ClickPairs:
+    """One row per (page view, clicked item), with an item of the same page one step down the funnel if any."""
+    row = {item: i for i, item in enumerate(item_ids)}
+    text = {query: len(item_ids) + i for i, query in enumerate(queries)}
+    rng = np.random.default_rng([seed, 1])
+    rows: list[tuple[int, int, int]] = []
+    for view in views:
+        shown = [row[i] for i in view.impressed if i in row and i not in view.clicked]
+        clicked = [row[i] for i in view.clicked if i in row and i not in view.ordered]
+        for item in view.clicked:
+            if item in row:
+                below = (clicked or shown) if item in view.ordered else shown
+                lower = below[rng.integers(len(below))] if below else -1
+                rows.append((text[view.context.query], row[item], lower))
+    columns = np.asarray(rows, dtype=np.int64).reshape(-1, 3)
+    return ClickPairs(columns[:, 0], columns[:, 1], columns[:, 2])
+
+
+def _sources(recipe: Recipe, bundle: Bundle, tables: Tables, views: Sequence[PageView]) -> Sources:
+    queries = list(dict.fromkeys(view.context.query for view in views))
+    catalog = bundle.catalog
+    return Sources(
+        renderer=bundle.renderer,
+        encoder=bundle.encoder,
+        keywords=bundle.keywords,
+        items=tables.items,
+        views=views,
+        item_sids=dict(zip(catalog.item_ids.tolist(), catalog.sids, strict=True)),
+        query_sids=dict(zip(queries, bundle.encoder.query_sids(queries), strict=True)),
+        keyword_share=recipe.data.keyword_share,
+        seed=recipe.seed,
+    )
+
+
+def _golden_contexts(recipe: Recipe, bundle: Bundle, views: Sequence[PageView]) -> list[SearchContext]:
+    """Held-out requests spread over time: every third with keywords, one in scripts the shop never saw."""
+    every = max(1, len(views) // max(1, recipe.golden_examples - 1))
+    contexts = [view.context for view in views[::every]][: recipe.golden_examples - 1]
+    for i in range(0, len(contexts), 3):
+        contexts[i] = replace(contexts[i], keywords=bundle.keywords.match(contexts[i].query))
+    return [*contexts, SearchContext(_FOREIGN_QUERY)]
+
+
+def _categories(tables: Tables) -> list[str]:
+    return [f"{a}/{b}" for a, b in tables.items.select("category_level1_name", "category_level2_name").iter_rows()]
+
+
+def _fingerprint(data: Path) -> dict[str, str]:
+    return {path.name: sha256(path) for path in sorted(data.iterdir()) if path.is_file()}
+
+
+def main() -> None:
+    """Console entry point."""
+    typer.run(_main)
+
+
+def _main(
+    recipe: Annotated[Path, typer.Argument(help="the recipe, a TOML file")],
+    data: Annotated[Path, typer.Option(help="folder with the tables")],
+    out: Annotated[Path, typer.Option(help="the bundle to write; must not exist")],
+    work: Annotated[Path, typer.Option(help="folder for stage results and checkpoints")] = Path("runs"),
+) -> None:
+    """Train a bundle from tables as a recipe says."""
+    started = time.monotonic()
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        work.mkdir(parents=True, exist_ok=True)
+        manifest = train_bundle(load_recipe(recipe), data, out, Work(work))
+    except OneSearchError as error:
+        _console.print(f"onesearch-train: {error}", style="red", markup=False)
+        raise typer.Exit(2) from error
+    except KeyboardInterrupt as error:
+        _console.print("onesearch-train: interrupted; run the same command again to continue")
+        raise typer.Exit(130) from error
+    seconds = time.monotonic() - started
+    _console.print(
+        f"bundle {out}: model {manifest.model_version}, catalog {manifest.catalog_version}, {seconds:.0f} s"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""A recipe: one TOML file that says how a bundle is made; an unknown key or wrong type is an error naming the key."""
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from onesearch.errors import ConfigError
+from onesearch.sequence import TASKS, SequenceConfig
+from training.codebooks import CodebookConfig
+from training.embedder import EmbedderConfig
+
+Precision = Literal["auto", "fp32", "bf16"]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """bootstrap: make pseudo-queries when the tables hold no logs. min_keyword_items: a dictionary phrase needs that
+    many items. keyword_share: share of search samples whose prompt shows keywords (spec §4.4 `kw_mix`).
+    """
+
+    bootstrap: bool = False
+    min_keyword_items: int = 3
+    keyword_share: float = 0.0
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """Byte-level BPE trained on the shop's own queries, titles, categories and profiles."""
+
+    vocab_size: int = 4000
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Size of the network; the vocabulary and SID grammar come from the data."""
+
+    d_model: int = 128
+    encoder_layers: int = 2
+    decoder_layers: int = 2
+    heads: int = 4
+    ffn: int = 512
+    dropout: float = 0.1
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One training stage: `steps` batches, each of one task drawn with the shares of `mixture`.
+
+    warmup is a share of the steps; the learning rate then falls to a tenth along a cosine.
+    """
+
+    name: str
+    steps: int
+    mixture: dict[str, float]
+    batch: int = 256
+    lr: float = 1e-3
+    warmup: float = 0.05
+    weight_decay: float = 0.01
+    clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.mixture) - set(TASKS))
+        if unknown or not self.mixture or min(self.mixture.values()) <= 0:
+            expected = f"positive shares of tasks among {', '.join(TASKS)}"
+            raise ConfigError(f"stages.{self.name}.mixture: {self.mixture}, expected {expected}")
+        if self.steps < 1 or self.batch < 1:
+            raise ConfigError(f"stages.{self.name}: steps {self.steps} and batch {self.batch} must be positive")
+
+
+@dataclass(frozen=True)
+class VariantConfig:
+    """A serving variant that the bundle proposes: decode settings and its share of traffic."""
+
+    keywords: bool = False
+    width: int = 512
+    score: Literal["level", "legal"] = "level"
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides what comes out, besides the data."""
+
+    name: str
+    seed: int = 1
+    threads: int = 2
+    precision: Precision = "auto"
+    checkpoint_every: int = 100
+    golden_examples: int = 32
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    embedder: EmbedderConfig = field(default_factory=EmbedderConfig)
+    codebooks: CodebookConfig = field(default_factory=CodebookConfig)
+    sequence: SequenceConfig = field(default_factory=SequenceConfig)
+    model: ModelShape = field(default_factory=ModelShape)
+    stages: tuple[StageConfig, ...] = ()
+    variants: dict[str, VariantConfig] = field(default_factory=lambda: {"default": VariantConfig()})
+
+    def __post_init__(self) -> None:
+        if not self.stages:
+            raise ConfigError("stages: the recipe has none, expected at least one [[stages]] table")
+        if not self.variants:
+            raise ConfigError("variants: the recipe has none, expected at least one [variants.NAME] table")
+
+
+def load_recipe(path: Path | str) -> Recipe:
+    """Read a recipe file. Raises ConfigError naming the file, the key, the value and what was expected."""
+    try:
+        raw = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"recipe {path}: {error}") from error
+    try:
+        recipe: Recipe = build(Recipe, raw)
+    except ConfigError as error:
+        raise ConfigError(f"recipe {path}: {error}") from error
+    return recipe
+
+
+def build(kind: Any, raw: Any, where: str = "") -> Any:
+    """Convert parsed TOML to `kind`: a dataclass, a tuple, a dict, a Literal or a scalar type."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if is_dataclass(kind):
+        return _build_dataclass(kind, raw, where)
+    if origin is tuple:
+        if not isinstance(raw, list):
+            raise ConfigError(f"{where}: {raw!r}, expected a list")
+        return tuple(build(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(raw))
+    if origin is dict:
+        return {key: build(arguments[1], value, f"{where}.{key}") for key, value in _table(raw, where).items()}
+    if origin is Literal:
+        if raw not in arguments:
+            raise ConfigError(f"{where}: {raw!r}, expected one of {', '.join(map(repr, arguments))}")
+        return raw
+    if origin is UnionType:
+        return raw if raw is None else build(next(a for a in arguments if a is not type(None)), raw, where)
+    if kind is float and type(raw) is int:
+        return float(raw)
+    if type(raw) is not kind:
+        raise ConfigError(f"{where}: {raw!r}, expected a value of type {kind.__name__}")
+    return raw
+
+
+def _build_dataclass(kind: Any, raw: Any, where: str) -> Any:
+    table = _table(raw, where)
+    hints = get_type_hints(kind)
+    prefix = f"{where}." if where else ""
+    unknown = sorted(set(table) - set(hints))
+    if unknown:
+        known = ", ".join(f.name for f in fields(kind))
+        raise ConfigError(f"{prefix}{unknown[0]}: unknown key, expected one of {known}")
+    required = {f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING}
+    missing = sorted(required - set(table))
+    if missing:
+        raise ConfigError(f"{prefix}{missing[0]}: is missing")
+    return kind(**{key: build(hints[key], value, f"{prefix}{key}") for key, value in table.items()})
+
+
+def _table(raw: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{where}: {raw!r}, expected a table")
+    return raw
