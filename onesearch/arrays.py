@@ -1,5 +1,6 @@
 """NumPy archives on disk: written to a temporary name and renamed, read without pickle, every fault listed."""
 
+import io
 import os
 import zipfile
 import zlib
@@ -33,13 +34,13 @@ def save_arrays(path: Path, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
     temporary.replace(path)
 
 
-def load_arrays(path: Path, expected: Mapping[str, tuple[npt.DTypeLike, int]]) -> dict[str, npt.NDArray[Any]]:
+def load_arrays(path: Path, expected: Mapping[str, tuple[str, int]]) -> dict[str, npt.NDArray[Any]]:
     """Read a `.npz` that must hold exactly the arrays `name -> (dtype, number of dimensions)`, finite if floats.
 
     Raises BundleError listing every missing, unknown, unreadable or ill-typed array.
     """
     try:
-        archive = np.load(path, allow_pickle=False)
+        archive = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
     except _UNREADABLE as error:
         raise BundleError(str(path), [f"cannot be read as .npz: {error}"]) from error
     if not isinstance(archive, np.lib.npyio.NpzFile):

@@ -20,17 +20,16 @@ from onesearch.errors import BundleError
 from onesearch.text import normalise
 
 Float32 = npt.NDArray[np.float32]
+Int64 = npt.NDArray[np.int64]
 
 FORMAT_VERSION = 1
 _CHUNK = 512  # texts at once: keeps the gathered feature rows in a few tens of megabytes
 
 _SPACE = 32
 _NGRAMS = (3, 4, 5)
+_TAIL = " " * (_NGRAMS[-1] - 1)  # lets every span length start at every character
 _CJK_NGRAMS = (1, 2)  # scripts without spaces: one character is already a word
 _CJK_RANGES = ((0x3040, 0x30FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x3FFFF))
-_WORD = (
-    0  # the "length" that salts whole-word features, so that they never share a bucket with an n-gram on purpose
-)
 
 _BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, hence invertible modulo 2^64
 _BASE_INVERSE = np.uint64(pow(0x9E3779B97F4A7C15, -1, 1 << 64))
@@ -57,7 +56,7 @@ class TextEmbedder(Protocol):
 
 @dataclass(frozen=True)
 class Features:
-    """Feature counts of texts in coordinate form, sorted by row, then column: rows int64, columns int64, counts."""
+    """Feature counts of texts in coordinate form, sorted by row, then column; three arrays of one length."""
 
     rows: npt.NDArray[np.int64]
     columns: npt.NDArray[np.int64]
@@ -76,55 +75,59 @@ def hash_features(texts: Sequence[str], buckets: int) -> Features:
     polynomial modulo 2^64, so one text and a hundred thousand run the same few array operations.
     """
     padded = [f" {normalise(text)} " for text in texts]
-    points = np.frombuffer("".join(padded).encode("utf-32-le"), dtype=np.uint32)
-    row_of = np.repeat(np.arange(len(padded)), np.fromiter(map(len, padded), np.int64, len(padded)))
-    spans = _spans(points)
-    starts = np.concatenate([start for start, _, _ in spans])
-    hashes = _hash_spans(points, spans)
-    columns = ((hashes >> np.uint64(32)) * np.uint64(buckets)) >> np.uint64(32)
-    keys, counts = np.unique(row_of[starts] * buckets + columns.astype(np.int64), return_counts=True)
-    rows, columns_sorted = np.divmod(keys, buckets)
-    return Features(rows, columns_sorted, counts.astype(np.float32))
+    points = np.frombuffer(("".join(padded) + _TAIL).encode("utf-32-le"), dtype=np.uint32)
+    row_of = np.repeat(np.arange(len(padded)), np.array([len(text) for text in padded], dtype=np.int64))
+    starts, hashes = _hash_spans(points)
+    columns = ((hashes >> 32) * buckets) >> 32
+    keys = row_of[starts] * buckets + columns.astype(np.int64)
+    keys.sort()
+    first = _run_starts(keys)
+    rows, unique_columns = np.divmod(keys[first], buckets)
+    counts = np.concatenate([first[1:], [len(keys)]]) - first if keys.size else first
+    return Features(rows, unique_columns, counts.astype(np.float32))
 
 
-Spans = list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], int]]  # starts, ends, kind
+def _run_starts(values: Int64) -> Int64:
+    """Where each run of equal values begins."""
+    return np.flatnonzero(np.concatenate([values[:1] == values[:1], values[1:] != values[:-1]]))
 
 
-def _spans(points: npt.NDArray[np.uint32]) -> Spans:
-    space = points == _SPACE
-    spaces_before = np.concatenate([[0], np.cumsum(space)])
-    spans: Spans = []
-    for n in _NGRAMS:
-        starts = np.arange(max(0, len(points) - n + 1))
-        # Padding may be a span's first or last character; a space inside would cross words or texts.
-        starts = starts[spaces_before[starts + n - 1] == spaces_before[starts + 1]]
-        spans.append((starts, starts + n, n))
-    if points.size and points.max() >= _CJK_RANGES[0][0]:
-        cjk = np.logical_or.reduce([(points >= low) & (points <= high) for low, high in _CJK_RANGES])
-        cjk_before = np.concatenate([[0], np.cumsum(cjk)])
-        for n in _CJK_NGRAMS:
-            starts = np.flatnonzero(cjk_before[n:] - cjk_before[:-n] == n)
-            spans.append((starts, starts + n, n))
-    edges = np.flatnonzero(space[1:] != space[:-1]) + 1  # word starts and ends alternate: texts are padded
-    spans.append((edges[0::2], edges[1::2], _WORD))
-    return spans
-
-
-def _hash_spans(points: npt.NDArray[np.uint32], spans: Spans) -> npt.NDArray[np.uint64]:
-    size = len(points)
-    powers = np.cumprod(np.full(size, _BASE, dtype=np.uint64))
-    inverses = np.cumprod(np.full(size, _BASE_INVERSE, dtype=np.uint64))
-    prefix = np.zeros(size + 1, dtype=np.uint64)
-    np.cumsum((points.astype(np.uint64) + np.uint64(1)) * powers, out=prefix[1:])
-    parts = []
-    for starts, ends, kind in spans:
-        parts.append((prefix[ends] - prefix[starts]) * inverses[starts] + np.uint64(kind + 1) * _SALT)
-    hashes = np.concatenate(parts)
+def _hash_spans(points: npt.NDArray[np.uint32]) -> tuple[Int64, npt.NDArray[np.uint64]]:
+    """Start and 64-bit hash of every feature of padded, concatenated texts."""
+    starts, ends, num_words = _spans(points)
+    powers = np.cumprod(np.full(len(points), _BASE, dtype=np.uint64))
+    inverses = np.cumprod(np.full(len(points), _BASE_INVERSE, dtype=np.uint64))
+    prefix = np.zeros(len(points) + 1, dtype=np.uint64)
+    np.cumsum((points.astype(np.uint64) + 1) * powers, out=prefix[1:])
+    hashes = np.multiply(prefix[ends] - prefix[starts], inverses[starts], dtype=np.uint64)
+    hashes[len(hashes) - num_words :] += _SALT  # a whole word is not the same feature as the n-gram it looks like
     hashes ^= hashes >> np.uint64(32)  # the polynomial's low bits are weak; two rounds spread them upwards
     hashes *= _MIX
     hashes ^= hashes >> np.uint64(29)
     hashes *= _SALT
-    return hashes
+    return starts, hashes
+
+
+def _spans(points: npt.NDArray[np.uint32]) -> tuple[Int64, Int64, int]:
+    """Starts and ends of all features, the whole words last, and how many words there are."""
+    size = len(points) - len(_TAIL)
+    space = points == _SPACE
+    before = np.concatenate([[0], np.cumsum(space)])
+    starts, ends = [], []
+    for n in _NGRAMS:
+        # Padding may be a span's first or last character; a space inside would cross words or texts.
+        starts.append(np.flatnonzero(before[n - 1 : size + n - 1] == before[1 : size + 1]))
+        ends.append(starts[-1] + n)
+    if points.max() >= _CJK_RANGES[0][0]:
+        cjk = np.logical_or.reduce([(points >= low) & (points <= high) for low, high in _CJK_RANGES])
+        before = np.concatenate([[0], np.cumsum(cjk)])
+        for n in _CJK_NGRAMS:
+            starts.append(np.flatnonzero(before[n:] - before[:-n] == n))
+            ends.append(starts[-1] + n)
+    edges = np.flatnonzero(space[1:] != space[:-1]) + 1  # word starts and ends alternate: texts are padded
+    starts.append(edges[0::2])
+    ends.append(edges[1::2])
+    return np.concatenate(starts), np.concatenate(ends), len(edges) // 2
 
 
 class HashedEmbedder:
@@ -160,9 +163,9 @@ class HashedEmbedder:
         for first in range(0, len(texts), _CHUNK):
             features = hash_features(texts[first : first + _CHUNK], self.buckets)
             if features.rows.size:
-                rows, starts = np.unique(features.rows, return_index=True)
+                starts = _run_starts(features.rows)
                 weighted = self._matrix[features.columns] * features.weights[:, None]
-                sums[first + rows] = np.add.reduceat(weighted, starts, axis=0)
+                sums[first + features.rows[starts]] = np.add.reduceat(weighted, starts, axis=0)
         return _unit_rows(sums, self._fallback)
 
     def save(self, directory: Path) -> None:
@@ -176,7 +179,7 @@ class HashedEmbedder:
         faults = _config_faults(config, {"buckets": int, "dim": int})
         if faults:
             raise BundleError(str(directory / "config.json"), faults)
-        matrix = load_arrays(directory / "weights.npz", {"matrix": (np.float16, 2)})["matrix"]
+        matrix = load_arrays(directory / "weights.npz", {"matrix": ("float16", 2)})["matrix"]
         if matrix.shape != (config["buckets"], config["dim"]):
             fault = f"matrix: shape {matrix.shape}, expected {(config['buckets'], config['dim'])} by config.json"
             raise BundleError(str(directory / "weights.npz"), [fault])
@@ -238,7 +241,8 @@ class OnnxEmbedder:
         if self._config["pooling"] == "cls":
             return hidden[:, 0]
         kept = mask[:, :, None].astype(np.float32)
-        return (hidden * kept).sum(axis=1) / np.maximum(kept.sum(axis=1), 1.0)
+        mean: Float32 = (hidden * kept).sum(axis=1) / np.maximum(kept.sum(axis=1), 1.0)
+        return mean
 
     def save(self, directory: Path) -> None:
         for name in self._FILES:
@@ -248,7 +252,7 @@ class OnnxEmbedder:
 
 
 def open_embedder(directory: Path) -> TextEmbedder:
-    """Open the embedder saved in `directory`. Raises BundleError listing the faults of a damaged or foreign one."""
+    """Open the embedder saved in `directory`. Raises BundleError listing every fault."""
     path = directory / "config.json"
     try:
         config = json.loads(path.read_bytes())
@@ -268,12 +272,12 @@ def _config_faults(config: Mapping[str, Any], fields: Mapping[str, type]) -> lis
         faults.append(f"version: {config.get('version')!r}, expected {FORMAT_VERSION}")
     for name, kind in fields.items():
         value = config.get(name)
-        if type(value) is not kind or (kind is int and value < 1):
+        if type(value) is not kind or (isinstance(value, int) and value < 1):
             faults.append(f"{name}: {value!r}, expected a {'positive ' if kind is int else ''}{kind.__name__}")
     return faults
 
 
 def _unit_rows(rows: npt.NDArray[np.floating[Any]], fallback: npt.NDArray[np.floating[Any]]) -> Float32:
-    norms = np.linalg.norm(rows, axis=1, keepdims=True)
-    unit = np.where(norms > 1e-20, rows / np.maximum(norms, 1e-20), fallback)
-    return unit.astype(np.float32)
+    norms = np.sqrt((rows * rows).sum(axis=1, keepdims=True))
+    unit = np.where(norms > 1e-18, rows / np.maximum(norms, 1e-18), fallback)
+    return unit.astype(np.float32, copy=False)
