@@ -14,7 +14,7 @@ import numpy.typing as npt
 from onesearch.bundle import Bundle, GoldenExample
 from onesearch.catalog import Filters
 from onesearch.context import SearchContext
-from onesearch.decode import BeamConfig, BeamResult, ScoreMode, beam_search
+from onesearch.decode import BeamConfig, BeamResult, Score, beam_search
 from onesearch.runtime import Decoder
 from onesearch.sequence import Prompt
 from onesearch.sid import Codes
@@ -29,7 +29,7 @@ class SearchOptions:
 
     limit: int = 20
     width: int = 512
-    score: ScoreMode = "level"
+    score: Score = "level"
     keywords: bool = False
     filters: Filters | None = None
 
