@@ -196,10 +196,11 @@ class Catalog:
 
         Returns rows int64 [n] and for each the position of its SID in `leaves`, int64 [n].
         """
-        starts, stops = self._leaf_starts[leaves], self._leaf_starts[np.asarray(leaves) + 1]
-        sources = np.repeat(np.arange(len(leaves)), stops - starts)
-        first = np.repeat(np.cumsum(np.r_[0, (stops - starts)[:-1]]), stops - starts)
-        rows = starts[sources] + np.arange(len(sources)) - first
+        starts = self._leaf_starts[leaves]
+        counts = self._leaf_starts[np.asarray(leaves) + 1] - starts
+        sources = np.repeat(np.arange(len(leaves)), counts)
+        within = np.arange(len(sources)) - np.repeat(np.cumsum(counts) - counts, counts)
+        rows = starts[sources] + within
         if eligible is not None:
             kept = eligible[rows]
             rows, sources = rows[kept], sources[kept]

@@ -74,7 +74,7 @@ def run(
                 "norm": norm.item(),
             }
             log.write(orjson.dumps(row) + b"\n")
-            if (number + 1) % config.checkpoint_every == 0:
+            if (number + 1) % config.checkpoint_every == 0 or number + 1 == len(steps):
                 log.flush()
                 _save(model, optimiser, folder, number + 1)
             meter.advance(note=f"{stage.name}/{step.task} loss {row['loss']:.3f}")

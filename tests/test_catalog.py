@@ -1,0 +1,144 @@
+"""Catalog: expansion order, filters against brute force, and damage that is reported."""
+
+from pathlib import Path
+
+import numpy as np
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from onesearch.catalog import Catalog, Filters, Item, write_catalog
+from onesearch.errors import BundleError
+
+BRANDS = ("Acme", "Étoile", "")
+CATEGORIES = (("Home", "Lamps", "Desk"), ("Home", "Rugs"), ())
+
+
+def make_items(count: int, seed: int) -> tuple[list[Item], np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    items = [
+        Item(
+            item_id=int(item_id),
+            title=f"item {item_id}",
+            brand=BRANDS[rng.integers(3)],
+            category=CATEGORIES[rng.integers(3)],
+            price=None if rng.random() < 0.2 else float(rng.integers(1, 50)),
+            in_stock=bool(rng.random() < 0.7),
+            attributes=(("colour", "red"),),
+        )
+        for item_id in rng.permutation(10 * count)[:count]
+    ]
+    return items, rng.integers(0, 3, (count, 5)).astype(np.uint16), rng.random(count).astype(np.float32).round(1)
+
+
+def write(folder: Path, count: int = 200, seed: int = 0) -> tuple[Catalog, list[Item], np.ndarray, np.ndarray]:
+    items, sids, popularity = make_items(count, seed)
+    write_catalog(folder, items, sids, popularity)
+    return Catalog(folder), items, sids, popularity
+
+
+def test_rows_are_sorted_by_sid_then_popularity_then_id(tmp_path: Path) -> None:
+    catalog, items, sids, popularity = write(tmp_path)
+    keys = sorted((*sids[i].tolist(), -float(popularity[i]), items[i].item_id) for i in range(len(items)))
+    assert catalog.item_ids.tolist() == [key[-1] for key in keys]
+    assert catalog.sids.tolist() == [list(key[:5]) for key in keys]
+
+
+def test_a_body_is_the_item_as_json(tmp_path: Path) -> None:
+    catalog, items, _, _ = write(tmp_path)
+    for item in items[:20]:
+        row = catalog.row_of(item.item_id)
+        assert row is not None
+        body = orjson.loads(catalog.item_json(row))
+        assert body["item_id"] == item.item_id
+        assert body["price"] == item.price
+        assert body["category"] == list(item.category)
+        assert body["attributes"] == {"colour": "red"}
+
+
+def test_unknown_ids_are_left_out(tmp_path: Path) -> None:
+    catalog, items, sids, _ = write(tmp_path)
+    assert catalog.row_of(10**9) is None
+    found = catalog.sids_of([items[3].item_id, 10**9, items[1].item_id])
+    assert found.tolist() == sids[[3, 1]].tolist()
+    assert catalog.sids_of([]).shape == (0, 5)
+
+
+@given(
+    category=st.sampled_from([None, "home", " LAMPS ", "desk", "nothing"]),
+    brand=st.sampled_from([None, "acme", "étoile", "none such"]),
+    price=st.tuples(st.none() | st.integers(0, 50), st.none() | st.integers(0, 50)),
+    in_stock=st.none() | st.booleans(),
+    seed=st.integers(0, 3),
+)
+def test_filters_equal_a_plain_reading_of_each_item(
+    tmp_path_factory: pytest.TempPathFactory,
+    category: str | None,
+    brand: str | None,
+    price: tuple[int | None, int | None],
+    in_stock: bool | None,
+    seed: int,
+) -> None:
+    catalog, items, _, _ = write(tmp_path_factory.mktemp("catalog"), 60, seed)
+    excluded = items[0].item_id
+    low, high = (None if p is None else float(p) for p in price)
+    eligible = catalog.eligible(Filters(category, brand, low, high, in_stock, (excluded, 10**9)))
+
+    def passes(item: Item) -> bool:
+        return (
+            item.item_id != excluded
+            and (category is None or category.strip().casefold() in [c.casefold() for c in item.category])
+            and (brand is None or item.brand.casefold() == brand)
+            and (low is None or (item.price is not None and item.price >= low))
+            and (high is None or (item.price is not None and item.price <= high))
+            and (in_stock is None or item.in_stock == in_stock)
+        )
+
+    assert set(catalog.item_ids[eligible].tolist()) == {i.item_id for i in items if passes(i)}
+    legal = {tuple(s) for s in catalog.sids[eligible].tolist()}
+    distinct = np.unique(catalog.sids, axis=0)
+    assert [tuple(s) in legal for s in distinct.tolist()] == catalog.sid_mask(eligible).tolist()
+
+
+@given(st.integers(0, 5), st.integers(1, 300))
+def test_expansion_walks_sids_in_order_without_duplicates_and_fills_the_page(
+    tmp_path_factory: pytest.TempPathFactory, seed: int, limit: int
+) -> None:
+    catalog, _, _, _ = write(tmp_path_factory.mktemp("catalog"), 80, seed)
+    leaves = np.random.default_rng(seed).permutation(catalog.num_sids)
+    eligible = catalog.eligible(Filters(in_stock=True))
+    rows, sources = catalog.expand(leaves, limit, eligible)
+    distinct = np.unique(catalog.sids, axis=0)
+    expected = [
+        (row, place)
+        for place, leaf in enumerate(leaves)
+        for row in range(catalog.num_items)
+        if catalog.sids[row].tolist() == distinct[leaf].tolist() and eligible[row]
+    ]
+    assert list(zip(rows.tolist(), sources.tolist(), strict=True)) == expected[:limit]
+    assert len(rows) == min(limit, int(eligible.sum()))
+
+
+def test_expanding_nothing_gives_nothing(tmp_path: Path) -> None:
+    catalog, _, _, _ = write(tmp_path)
+    rows, sources = catalog.expand(np.zeros(0, dtype=np.int64), 10)
+    assert len(rows) == len(sources) == 0
+
+
+def test_all_damaged_files_are_listed_at_once(tmp_path: Path) -> None:
+    write(tmp_path)
+    (tmp_path / "price.npy").unlink()
+    (tmp_path / "brand.npy").write_bytes(b"\x93NUMPY garbage")
+    with pytest.raises(BundleError) as caught:
+        Catalog(tmp_path)
+    assert {fault.split(":")[0] for fault in caught.value.faults} == {"price.npy", "brand.npy"}
+
+
+def test_rows_that_do_not_match_are_a_fault(tmp_path: Path) -> None:
+    write(tmp_path)
+    np.save(tmp_path / "price.npy", np.zeros(3, dtype=np.float32))
+    (tmp_path / "items.bin").write_bytes(b"{}")
+    with pytest.raises(BundleError) as caught:
+        Catalog(tmp_path)
+    assert len(caught.value.faults) == 2
