@@ -1,0 +1,73 @@
+"""The application: parts in, ASGI app out. No app exists until `create_app` is called."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+
+from fastapi import FastAPI
+from starlette.staticfiles import StaticFiles
+
+from onesearch import __version__
+from service import problems, routes
+from service.deployment import Deployment
+from service.envelope import Envelope
+from service.pipeline import Pipeline
+from service.readiness import Readiness
+from service.settings import Settings
+from service.state import StateStore
+from service.state_redis import RedisStore
+from service.state_sqlite import SqliteStore
+from service.telemetry import Metrics
+
+_SQLITE = "sqlite:"
+_SECONDS_PER_DAY = 86_400
+
+
+def open_store(settings: Settings) -> StateStore:
+    """The state store that the settings name. Raises ConfigError when it cannot be used."""
+    ttl = settings.state_ttl_days * _SECONDS_PER_DAY
+    if settings.state.startswith(_SQLITE):
+        return SqliteStore(Path(settings.state.removeprefix(_SQLITE)), ttl)
+    return RedisStore(settings.state, ttl, settings.state_timeout_ms / 1e3)
+
+
+def create_app(settings: Settings, deployment: Deployment, store: StateStore) -> FastAPI:
+    """The service over an opened deployment and store; both belong to the app, which closes them at its end."""
+    metrics = Metrics()
+    for variant in deployment.variants.values():
+        metrics.variant(variant.name, variant.engine.model_version, variant.engine.catalog_version)
+    app = FastAPI(
+        title="onesearch",
+        version=__version__,
+        description="Generative e-commerce search. Errors are problem+json (RFC 9457).",
+        docs_url=None,
+        redoc_url=None,
+        lifespan=_lifespan(settings, deployment, store, metrics),
+    )
+    app.add_middleware(Envelope, metrics=metrics)
+    app.include_router(routes.router)
+    app.mount("/page", StaticFiles(directory=routes.PAGE), name="page")
+    problems.install(app)
+    return app
+
+
+def _lifespan(
+    settings: Settings, deployment: Deployment, store: StateStore, metrics: Metrics
+) -> Callable[[FastAPI], AbstractAsyncContextManager[routes.Parts]]:
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[routes.Parts]:
+        readiness = Readiness(deployment.engines)
+        checking = asyncio.create_task(readiness.check())
+        yield {
+            "deployment": deployment,
+            "pipeline": Pipeline(deployment, store, settings.state_timeout_ms / 1e3, metrics),
+            "readiness": readiness,
+            "metrics": metrics,
+        }
+        checking.cancel()
+        for engine in deployment.engines:
+            await engine.runner.close()
+        await store.close()
+
+    return lifespan

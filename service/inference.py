@@ -1,0 +1,37 @@
+"""The inference seam: one method that turns a context into ranked rows, without blocking the event loop."""
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
+
+from onesearch.context import SearchContext
+from onesearch.search import Searcher, SearchOptions, SearchResult
+
+
+class InferenceRunner(Protocol):
+    """Answers searches over one bundle."""
+
+    async def search(self, context: SearchContext, options: SearchOptions) -> SearchResult:
+        """The best items for a context. Raises DecodeError if the model fails."""
+        ...
+
+    async def close(self) -> None:
+        """Finish running searches and release the runner."""
+        ...
+
+
+class EmbeddedRunner:
+    """Searches in this process; at most `workers` searches run at the same time, the others wait their turn."""
+
+    def __init__(self, searcher: Searcher, workers: int) -> None:
+        self._searcher = searcher
+        self._pool = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="search")
+
+    async def search(self, context: SearchContext, options: SearchOptions) -> SearchResult:
+        """See `InferenceRunner.search`."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._pool, self._searcher.search, context, options)
+
+    async def close(self) -> None:
+        """See `InferenceRunner.close`."""
+        await asyncio.to_thread(self._pool.shutdown)

@@ -1,0 +1,170 @@
+"""What happens between HTTP and the parts behind it: state, variant, context, inference, answer."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Mapping
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from typing import Any, TypeVar
+
+import orjson
+
+from onesearch.catalog import Catalog
+from onesearch.context import SearchContext
+from onesearch.errors import InputError
+from onesearch.search import SearchOptions, SearchResult
+from service.deployment import Deployment, Variant
+from service.problems import HeaderError, NotFound
+from service.schemas import EventRequest, SearchRequest
+from service.state import EVENT_HISTORIES, StateStore, StateUnavailable, UserState
+from service.telemetry import Metrics
+
+T = TypeVar("T")
+
+VARIANT_HEADER = "X-OneSearch-Variant"
+BUCKET_HEADER = "X-OneSearch-Bucket-Key"
+UNKNOWN_USER, STATE_UNAVAILABLE = "unknown_user", "state_unavailable"
+
+
+@dataclass(frozen=True)
+class Caller:
+    """What the headers of a request say: its id, a variant to force and the key of the split."""
+
+    request_id: str
+    forced_variant: str | None = None
+    bucket_key: str | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A finished search: the JSON body, the variant that answered and the time of each stage."""
+
+    body: bytes
+    variant: str
+    timings_ms: Mapping[str, float]
+
+
+class Pipeline:
+    """Answers searches and records events. State that fails or is slow costs its history, never the search."""
+
+    def __init__(self, deployment: Deployment, store: StateStore, state_timeout: float, metrics: Metrics) -> None:
+        self._deployment = deployment
+        self._store = store
+        self._timeout = state_timeout
+        self._metrics = metrics
+
+    def choose(self, caller: Caller, user: str | None) -> Variant:
+        """The forced variant, else the one of the bucket key, the user or the request, in this order."""
+        variants = self._deployment.variants
+        if caller.forced_variant is not None:
+            if caller.forced_variant not in variants:
+                known = ", ".join(variants)
+                raise HeaderError(VARIANT_HEADER, f"{caller.forced_variant!r} is not one of {known}")
+            return variants[caller.forced_variant]
+        return variants[self._deployment.split.assign(caller.bucket_key or user or caller.request_id)]
+
+    async def search(self, request: SearchRequest, caller: Caller) -> Answer:
+        """The answer to one search. Raises InputError for a variant that is not served."""
+        started = time.perf_counter()
+        variant = self.choose(caller, request.user_id)
+        history, degraded = await self._history(request)
+        spent = {"state": _ms_since(started)}
+        context = context_of(request.query, history)
+        filters = None if request.filters is None else request.filters.to_filters()
+        options = variant.search_options(request.limit, filters=filters)
+        result = await variant.engine.runner.search(context, options)
+        spent |= result.timings_ms | {"total": _ms_since(started)}
+        body = {
+            "request_id": caller.request_id,
+            "query": request.query,
+            "variant": variant.name,
+            "model_version": variant.engine.model_version,
+            "catalog_version": variant.engine.catalog_version,
+            "keywords": result.keywords,
+            "items": _items(variant.engine.catalog, result),
+            "degraded": degraded,
+            "timings_ms": spent,
+        }
+        if request.explain:
+            body["explain"] = _explain(context, options, result)
+        self._metrics.search(variant.name, spent, degraded)
+        return Answer(orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY), variant.name, spent)
+
+    async def record(self, event: EventRequest) -> None:
+        """Accept one event. Raises InputError for an item of no catalog and StateUnavailable."""
+        if all(engine.catalog.row_of(event.item_id) is None for engine in self._deployment.engines):
+            raise InputError("item_id", f"{event.item_id} is not in the catalog")
+        histories = EVENT_HISTORIES[event.type]
+        if histories:
+            await self._in_time(self._store.append(event.user_id, event.item_id, histories, time.time()))
+        self._metrics.event(event.type)
+
+    def item(self, item_id: int) -> bytes:
+        """The JSON of one item with its SID, from the first bundle that has it. Raises NotFound."""
+        for engine in self._deployment.engines:
+            row = engine.catalog.row_of(item_id)
+            if row is not None:
+                return spliced({"sid": engine.catalog.sids[row].tolist()}, engine.catalog.item_json(row))
+        raise NotFound(f"item {item_id} is not in the catalog")
+
+    async def _history(self, request: SearchRequest) -> tuple[UserState, list[str]]:
+        """What is known of the user, and what the search has to do without. Records the query."""
+        if request.user_id is None:
+            return UserState(), []
+        try:
+            state = await self._in_time(self._store.visit(request.user_id, request.query, time.time()))
+        except StateUnavailable:
+            return UserState(), [STATE_UNAVAILABLE]
+        return state, [] if state.known else [UNKNOWN_USER]
+
+    async def _in_time(self, work: Awaitable[T]) -> T:
+        try:
+            async with asyncio.timeout(self._timeout):
+                return await work
+        except TimeoutError as error:
+            raise StateUnavailable(f"state: took longer than {self._timeout} s") from error
+
+
+def context_of(query: str, history: UserState) -> SearchContext:
+    """The context of a search. A query asked again and again (pages, filters, reloads) counts once."""
+    asked = [text for text, _ in groupby(entry.value for entry in history.queries)]
+    if asked and asked[-1] == query:
+        asked.pop()
+    return SearchContext(
+        query=query,
+        recent_queries=tuple(asked),
+        recent_items=tuple(int(entry.value) for entry in history.clicks),
+        long_items=tuple(int(entry.value) for entry in history.long),
+    )
+
+
+def spliced(fields: Mapping[str, Any], item: bytes) -> bytes:
+    """One JSON object: some fields, then those of a serialised object, which is not parsed."""
+    return orjson.dumps(fields)[:-1] + b"," + item[1:]
+
+
+def _items(catalog: Catalog, result: SearchResult) -> list[orjson.Fragment]:
+    found = zip(result.rows.tolist(), result.scores.tolist(), catalog.sids[result.rows].tolist(), strict=True)
+    return [
+        orjson.Fragment(spliced({"rank": i, "score": round(score, 6), "sid": sid}, catalog.item_json(row)))
+        for i, (row, score, sid) in enumerate(found, start=1)
+    ]
+
+
+def _explain(context: SearchContext, options: SearchOptions, result: SearchResult) -> dict[str, Any]:
+    return {
+        "query_sid": result.query_sid,
+        "beams": result.beams,
+        "eligible": result.eligible,
+        "options": {"width": options.width, "score": options.score, "keywords": options.keywords},
+        "filters": None if options.filters is None else asdict(options.filters),
+        "history": {
+            "queries": len(context.recent_queries),
+            "clicks": len(context.recent_items),
+            "long": len(context.long_items),
+        },
+    }
+
+
+def _ms_since(started: float) -> float:
+    return round((time.perf_counter() - started) * 1e3, 3)

@@ -1,0 +1,44 @@
+"""Readiness: every engine replays its golden examples once, in the background, before it counts as ready."""
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from typing import Literal, TypedDict
+
+from service.deployment import Engine
+
+_MAX_REASONS = 5
+logger = logging.getLogger("onesearch.readiness")
+
+
+class EngineState(TypedDict):
+    """What `/readyz` says of one engine."""
+
+    state: Literal["starting", "ready", "failed"]
+    reasons: list[str]
+
+
+class Readiness:
+    """The outcome of the checks so far, by engine name."""
+
+    def __init__(self, engines: Sequence[Engine]) -> None:
+        self._engines = engines
+        starting: EngineState = {"state": "starting", "reasons": ["golden examples are being replayed"]}
+        self.states: dict[str, EngineState] = {engine.name: starting for engine in engines}
+
+    @property
+    def ready(self) -> bool:
+        """Whether every engine is ready."""
+        return all(state["state"] == "ready" for state in self.states.values())
+
+    async def check(self) -> None:
+        """Check the engines one after the other."""
+        for engine in self._engines:
+            try:
+                reasons = await asyncio.to_thread(engine.check)
+            except Exception as error:  # whatever a broken model does, the service must live to report it
+                reasons = [f"replay failed: {type(error).__name__}: {error}"]
+            if len(reasons) > _MAX_REASONS:
+                reasons = [*reasons[:_MAX_REASONS], f"and {len(reasons) - _MAX_REASONS} more"]
+            self.states[engine.name] = {"state": "failed" if reasons else "ready", "reasons": reasons}
+            logger.info("checked", extra={"fields": {"engine": engine.name, "reasons": reasons}})

@@ -1,0 +1,191 @@
+"""The HTTP routes: from requests to the pipeline and back, no logic of their own."""
+
+from http import HTTPStatus
+from pathlib import Path as FilePath
+from typing import Annotated, Any, TypedDict, cast
+
+import orjson
+from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
+from starlette.responses import FileResponse
+
+from service.deployment import Deployment
+from service.pipeline import BUCKET_HEADER, VARIANT_HEADER, Caller, Pipeline
+from service.problems import MEDIA_TYPE, UnsupportedMediaType
+from service.readiness import Readiness
+from service.schemas import (
+    CatalogInfo,
+    EventAnswer,
+    EventRequest,
+    FoundItem,
+    Problem,
+    SearchAnswer,
+    SearchParameters,
+    SearchRequest,
+    VariantInfo,
+    VariantList,
+)
+from service.telemetry import Metrics
+
+PAGE = FilePath(__file__).with_name("page")
+_JSON = "application/json"
+
+
+class Parts(TypedDict):
+    """The lifespan state: what routes reach through `request.state`."""
+
+    deployment: Deployment
+    pipeline: Pipeline
+    readiness: Readiness
+    metrics: Metrics
+
+
+def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI entries of the problems that a route may answer with."""
+    content = {MEDIA_TYPE: {"schema": Problem.model_json_schema()}}
+    return {status: {"description": HTTPStatus(status).phrase, "content": content} for status in statuses}
+
+
+def _answers(model: type[Any], *problems: int, status: int = 200) -> dict[int | str, dict[str, Any]]:
+    return {status: {"model": model}, **_problems(*problems)}
+
+
+async def _is_json(request: Request) -> None:
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != _JSON:
+        raise UnsupportedMediaType(f"Content-Type: {kind!r} is not supported, expected {_JSON}")
+
+
+async def _pipeline(request: Request) -> Pipeline:
+    return cast(Pipeline, request.state.pipeline)
+
+
+async def _caller(
+    request: Request,
+    forced: Annotated[str | None, Header(alias=VARIANT_HEADER, description="forces a variant")] = None,
+    bucket: Annotated[
+        str | None, Header(alias=BUCKET_HEADER, max_length=256, description="key of the sticky split")
+    ] = None,
+) -> Caller:
+    return Caller(request.state.request_id, forced, bucket)
+
+
+PipelinePart = Annotated[Pipeline, Depends(_pipeline)]
+CallerPart = Annotated[Caller, Depends(_caller)]
+router = APIRouter()
+
+
+async def _search(request: Request, pipeline: Pipeline, body: SearchRequest, caller: Caller) -> Response:
+    answer = await pipeline.search(body, caller)
+    request.state.variant, request.state.timings_ms = answer.variant, answer.timings_ms
+    return Response(answer.body, media_type=_JSON, headers={"Cache-Control": "no-store"})
+
+
+@router.post(
+    "/v1/search",
+    tags=["search"],
+    summary="Search",
+    dependencies=[Depends(_is_json)],
+    responses=_answers(SearchAnswer, 400, 413, 415, 422, 503),
+)
+async def search(request: Request, body: SearchRequest, pipeline: PipelinePart, caller: CallerPart) -> Response:
+    """Ranked items for a query, personalised by the user's history."""
+    return await _search(request, pipeline, body, caller)
+
+
+@router.get(
+    "/v1/search", tags=["search"], summary="Search, for a browser", responses=_answers(SearchAnswer, 400, 422, 503)
+)
+async def search_by_url(
+    request: Request, given: Annotated[SearchParameters, Query()], pipeline: PipelinePart, caller: CallerPart
+) -> Response:
+    """The same answer as `POST /v1/search`."""
+    return await _search(request, pipeline, given.to_request(), caller)
+
+
+@router.post(
+    "/v1/events",
+    tags=["events"],
+    summary="Record an event",
+    status_code=202,
+    dependencies=[Depends(_is_json)],
+    responses=_answers(EventAnswer, 400, 413, 415, 422, 503, status=202),
+)
+async def record(request: Request, body: EventRequest, pipeline: PipelinePart) -> Response:
+    """An impression, click, cart or order. Clicks and orders enter the user's history."""
+    await pipeline.record(body)
+    answer = {"request_id": request.state.request_id, "accepted": 1}
+    return Response(orjson.dumps(answer), status_code=202, media_type=_JSON)
+
+
+@router.get("/v1/items/{item_id}", tags=["catalog"], summary="Item", responses=_answers(FoundItem, 404, 422))
+async def item(item_id: Annotated[int, Path(ge=0, le=2**63 - 1)], pipeline: PipelinePart) -> Response:
+    """One item of the catalog with its SID."""
+    return Response(pipeline.item(item_id), media_type=_JSON)
+
+
+@router.get("/v1/variants", tags=["search"], summary="Variants")
+async def variants(request: Request) -> VariantList:
+    """The variants that split the traffic, and what each one runs."""
+    deployment: Deployment = request.state.deployment
+    total = sum(v.options.weight for v in deployment.variants.values())
+    return VariantList(
+        variants=[
+            VariantInfo(
+                name=v.name,
+                bundle=v.engine.name,
+                share=round(v.options.weight / total, 6),
+                keywords=v.options.keywords,
+                width=v.options.width,
+                score=v.options.score,
+                model_version=v.engine.model_version,
+                catalog_version=v.engine.catalog_version,
+            )
+            for v in deployment.variants.values()
+        ]
+    )
+
+
+@router.get("/v1/catalog", tags=["catalog"], summary="Catalog")
+async def catalog(request: Request) -> CatalogInfo:
+    """Size, categories and example queries of the first bundle."""
+    engine = request.state.deployment.engines[0]
+    return CatalogInfo(
+        items=engine.catalog.num_items, categories=engine.catalog.categories, examples=list(engine.examples)
+    )
+
+
+@router.get("/healthz", tags=["operations"], summary="Liveness")
+async def healthz() -> dict[str, str]:
+    """The process answers."""
+    return {"status": "alive"}
+
+
+@router.get("/readyz", tags=["operations"], summary="Readiness", responses={503: {"description": "Not ready"}})
+async def readyz(request: Request) -> Response:
+    """Whether every variant finds what its bundle's golden examples say; 503 with reasons otherwise."""
+    readiness: Readiness = request.state.readiness
+    named = request.state.deployment.variants.items()
+    body = {
+        "status": "ready" if readiness.ready else "not ready",
+        "variants": {name: readiness.states[variant.engine.name] for name, variant in named},
+    }
+    return Response(orjson.dumps(body), status_code=200 if readiness.ready else 503, media_type=_JSON)
+
+
+@router.get("/metrics", tags=["operations"], summary="Prometheus metrics")
+async def metrics(request: Request) -> Response:
+    """Metrics in the Prometheus text format."""
+    measured: Metrics = request.state.metrics
+    return Response(measured.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+@router.get("/", include_in_schema=False)
+async def page() -> FileResponse:
+    """The search page."""
+    return FileResponse(PAGE / "index.html")
+
+
+@router.get("/docs", include_in_schema=False)
+async def docs() -> FileResponse:
+    """The API described for people; it reads `/openapi.json` and nothing from other hosts."""
+    return FileResponse(PAGE / "docs.html")

@@ -1,0 +1,211 @@
+"""Request and response bodies of the HTTP API, and what they accept. Unknown fields are errors everywhere."""
+
+import unicodedata
+from typing import Annotated, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationInfo,
+)
+
+from onesearch.catalog import Filters
+from onesearch.text import MAX_QUERY_CHARS, normalise
+from service.state import EventType
+
+MAX_LIMIT = 200
+MAX_EXCLUDED = 1000
+
+
+def _plain(text: str) -> str:
+    # Lone surrogates are no text and cannot be sent back.
+    if any(unicodedata.category(c) in ("Cc", "Cs") for c in text):
+        raise ValueError("has control characters")
+    return text
+
+
+def _readable(text: str) -> str:
+    if not normalise(_plain(text)):
+        raise ValueError("is empty")
+    return text
+
+
+def _user_key(value: object) -> object:
+    return str(value) if type(value) is int else value
+
+
+def _not_below_minimum(price_max: float | None, info: ValidationInfo) -> float | None:
+    price_min = info.data.get("price_min")
+    if price_min is not None and price_max is not None and price_min > price_max:
+        raise ValueError("is below price_min")
+    return price_max
+
+
+Query = Annotated[str, StringConstraints(strict=True, max_length=MAX_QUERY_CHARS), AfterValidator(_readable)]
+Name = Annotated[str, StringConstraints(strict=True, max_length=256), AfterValidator(_readable)]
+# Ids of users are opaque: 42 and "42" are the same user.
+UserId = Annotated[
+    str,
+    StringConstraints(strict=True, max_length=128),
+    AfterValidator(_readable),
+    BeforeValidator(_user_key, json_schema_input_type=str | int),
+]
+RequestId = Annotated[str, StringConstraints(strict=True, max_length=64), AfterValidator(_plain)]
+ItemId = Annotated[int, Field(strict=True, ge=0, le=2**63 - 1)]
+Price = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+StrictPrice = Annotated[Price, Field(strict=True)]
+AboveMinimum = AfterValidator(_not_below_minimum)
+Limit = Annotated[int, Field(ge=1, le=MAX_LIMIT)]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class SearchFilters(_Body):
+    """What every returned item must satisfy; names compare without case, price bounds are inclusive."""
+
+    category: Name | None = Field(default=None, description="a category of any level")
+    brand: Name | None = None
+    price_min: StrictPrice | None = None
+    price_max: Annotated[StrictPrice | None, AboveMinimum] = None
+    in_stock: Annotated[bool, Field(strict=True)] | None = None
+    exclude_items: Annotated[list[ItemId], Field(max_length=MAX_EXCLUDED)] = []
+
+    def to_filters(self) -> Filters | None:
+        """The catalog's filters, None when nothing is demanded."""
+        filters = Filters(**{**self.model_dump(), "exclude_items": tuple(self.exclude_items)})
+        return None if filters == Filters() else filters
+
+
+class SearchRequest(_Body):
+    """Body of `POST /v1/search`."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"query": "running shoes", "limit": 5, "filters": {"in_stock": True}}]}
+    )
+
+    query: Query = Field(description="what the user typed")
+    user_id: UserId | None = Field(default=None, description="whose history personalises the results")
+    limit: Annotated[Limit, Field(strict=True)] = 20
+    filters: SearchFilters | None = None
+    explain: Annotated[bool, Field(strict=True)] = False
+
+
+class SearchParameters(_Body):
+    """Query string of `GET /v1/search`: the same request for a browser, with the filters side by side."""
+
+    q: Query = Field(description="what the user typed")
+    user_id: UserId | None = None
+    limit: Limit = 20
+    category: Name | None = None
+    brand: Name | None = None
+    price_min: Price | None = None
+    price_max: Annotated[Price | None, AboveMinimum] = None
+    in_stock: bool | None = None
+    explain: bool = False
+
+    def to_request(self) -> SearchRequest:
+        """The same request as a body."""
+        own = self.model_dump(include={"user_id", "limit", "explain"})
+        filters = self.model_dump(include={"category", "brand", "price_min", "price_max", "in_stock"})
+        return SearchRequest(query=self.q, filters=SearchFilters(**filters), **own)
+
+
+class EventRequest(_Body):
+    """Body of `POST /v1/events`: something a user did with an item. request_id and query say where it was seen."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"type": "click", "item_id": 17, "user_id": "u-42", "request_id": "r-1"}]}
+    )
+
+    type: EventType
+    item_id: ItemId
+    user_id: UserId
+    request_id: RequestId | None = None
+    query: Query | None = None
+
+
+class FoundItem(BaseModel):
+    """One result: its rank from 1, the log-probability of its SID, its SID, then the fields of the item."""
+
+    model_config = ConfigDict(extra="allow")
+
+    rank: int
+    score: float
+    sid: list[int]
+    item_id: int
+    title: str
+    brand: str | None
+    category: list[str]
+    price: float | None
+    image_url: str | None
+    in_stock: bool
+    attributes: dict[str, object]
+
+
+class SearchAnswer(BaseModel):
+    """Answer of a search. degraded says what it went without: unknown_user or state_unavailable."""
+
+    request_id: str
+    query: str
+    variant: str
+    model_version: str
+    catalog_version: str
+    keywords: list[str]
+    items: list[FoundItem]
+    degraded: list[Literal["unknown_user", "state_unavailable"]]
+    timings_ms: dict[str, float]
+    explain: dict[str, object] | None = None
+
+
+class EventAnswer(BaseModel):
+    """Answer of `POST /v1/events`."""
+
+    request_id: str
+    accepted: int
+
+
+class VariantInfo(BaseModel):
+    """One variant as `GET /v1/variants` lists it; share is its part of the traffic."""
+
+    name: str
+    bundle: str
+    share: float
+    keywords: bool
+    width: int
+    score: str
+    model_version: str
+    catalog_version: str
+
+
+class VariantList(BaseModel):
+    """Answer of `GET /v1/variants`."""
+
+    variants: list[VariantInfo]
+
+
+class CatalogInfo(BaseModel):
+    """What a search page needs to know of the catalog."""
+
+    items: int
+    categories: list[str]
+    examples: list[str]
+
+
+class Problem(BaseModel):
+    """An error (RFC 9457), sent as application/problem+json.
+
+    instance is the request id; errors name the wrong fields as dotted paths.
+    """
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    instance: str
+    errors: list[dict[Literal["field", "message"], str]] = []

@@ -1,0 +1,65 @@
+"""Settings of the service: one frozen class, read from `ONESEARCH_*` variables and command-line overrides.
+
+The process environment is read here and nowhere else. A variable that is not a setting is an error, because a
+misspelt setting that is silently ignored is worse than a service that does not start.
+"""
+
+import difflib
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from onesearch.errors import ConfigError
+
+PREFIX = "ONESEARCH_"
+
+
+class Settings(BaseSettings):
+    """Every setting with its default; the variable of a field is `ONESEARCH_` and its name in upper case."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid")
+
+    host: str = Field(default="127.0.0.1", description="address to listen on")
+    port: int = Field(default=8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
+    variants: Path | None = Field(default=None, description="TOML file of variants; default: the bundles' own")
+    state: str = Field(
+        default="sqlite:onesearch-state.sqlite3",
+        pattern=r"^(sqlite:.+|rediss?://.+|unix://.+)",
+        description="where user state lives: sqlite:PATH, redis://…, rediss://… or unix://…",
+    )
+    state_timeout_ms: int = Field(default=50, ge=1, le=60_000, description="longest wait for user state")
+    state_ttl_days: float = Field(default=90.0, gt=0, description="history older than this is forgotten")
+    workers: int = Field(default=2, ge=1, le=256, description="searches that run at the same time")
+    threads: int = Field(default=1, ge=1, le=256, description="threads of one model call")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="log threshold")
+    drain_seconds: int = Field(default=10, ge=0, le=600, description="time for running requests on shutdown")
+
+
+def load_settings(**overrides: Any) -> Settings:
+    """Settings from the process environment, then overrides that are not None.
+
+    Raises ConfigError that lists every unknown variable and every wrong value.
+    """
+    known = {PREFIX + name.upper() for name in Settings.model_fields}
+    given = {name.upper() for name in os.environ if name.upper().startswith(PREFIX)}
+    faults = [_unknown(name, sorted(known)) for name in sorted(given - known)]
+    try:
+        settings = Settings(**{name: value for name, value in overrides.items() if value is not None})
+    except ValidationError as error:
+        faults += [_wrong(str(e["loc"][0]), e["input"], e["msg"]) for e in error.errors()]
+    if faults:
+        raise ConfigError("\n  - ".join([f"settings: {len(faults)} fault(s)", *faults]))
+    return settings
+
+
+def _unknown(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name.removeprefix(PREFIX), [k.removeprefix(PREFIX) for k in known], n=1)
+    hint = f"did you mean {PREFIX}{near[0]}?" if near else f"known are {', '.join(known)}"
+    return f"{name}: is not a setting; {hint}"
+
+
+def _wrong(field: str, value: object, message: str) -> str:
+    return f"{PREFIX}{field.upper()}: {value!r} is wrong: {message}"

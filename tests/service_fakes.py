@@ -1,0 +1,114 @@
+"""A service without a model: a real tiny catalog, a runner that ranks by shared words, stores that fail."""
+
+import asyncio
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from onesearch.catalog import Catalog, Filters, Item, write_catalog
+from onesearch.context import SearchContext
+from onesearch.search import SearchOptions, SearchResult
+from service.deployment import Deployment, Engine
+from service.settings import Settings
+from service.state import History, StateUnavailable, UserState
+from service.variants import Split, VariantOptions
+
+TITLES = (
+    ("Trail running shoes", "Fleet", "shoes", 79.0),
+    ("Road running shoes", "Fleet", "shoes", 99.5),
+    ("Running socks", "Pace", "socks", 9.0),
+    ("Leather <b>boots</b>", "Oak", "shoes", 149.0),
+    ("Wool socks “warm”", "Oak", "socks", None),
+    ("Espresso machine", "Crema", "kitchen", 249.0),
+)
+FIRST_ID = 100
+
+
+def tiny_catalog(folder: Path) -> Catalog:
+    """Six items with ids from FIRST_ID, two to a SID; the third is out of stock."""
+    items = [
+        Item(FIRST_ID + i, title, brand, ("sport" if i < 5 else "home", category), price, None, i != 2)
+        for i, (title, brand, category, price) in enumerate(TITLES)
+    ]
+    sids = np.asarray([[i // 2, 0, i // 2, 1, 0] for i in range(len(items))], dtype=np.uint16)
+    folder.mkdir(parents=True)
+    write_catalog(folder, items, sids, np.zeros(len(items), dtype=np.float32))
+    return Catalog(folder)
+
+
+class FakeRunner:
+    """Ranks items by how many words of the query their title has. A query "boom" fails, as a model might."""
+
+    def __init__(self, catalog: Catalog) -> None:
+        self.catalog = catalog
+        self.seen: list[tuple[SearchContext, SearchOptions]] = []
+        self.closed = False
+
+    async def search(self, context: SearchContext, options: SearchOptions) -> SearchResult:
+        self.seen.append((context, options))
+        await asyncio.sleep(0)
+        if context.query == "boom":
+            raise RuntimeError(f"the model broke on {context.query!r}")
+        words = context.query.casefold().split()
+        eligible = self.catalog.eligible(options.filters or Filters())
+        titles = [title.casefold() for title, *_ in TITLES]
+        hits = {i: sum(word in titles[i] for word in words) for i in np.flatnonzero(eligible).tolist()}
+        rows = sorted((i for i, hit in hits.items() if hit), key=lambda i: (-hits[i], i))[: options.limit]
+        scores = np.asarray([-1.0 / hits[row] for row in rows], dtype=np.float32)
+        timings = {"understand": 0.1, "mask": 0.0, "prefill": 1.0, "decode": 2.0, "expand": 0.1}
+        keywords = tuple(words) if options.keywords else ()
+        query_sid = np.zeros(5, dtype=np.uint16)
+        return SearchResult(
+            np.asarray(rows, dtype=np.int64), scores, query_sid, keywords, (1, 3), timings, int(eligible.sum())
+        )
+
+    async def close(self) -> None:
+        self.closed = True
+
+
+class BrokenStore:
+    """A state store that is down, or hangs."""
+
+    def __init__(self, delay: float = 0.0) -> None:
+        self.delay = delay
+
+    async def read(self, user: str, now: float) -> UserState:
+        await asyncio.sleep(self.delay)
+        raise StateUnavailable("down")
+
+    async def visit(self, user: str, query: str, now: float) -> UserState:
+        return await self.read(user, now)
+
+    async def append(self, user: str, item_id: int, histories: Iterable[History], now: float) -> None:
+        await self.read(user, now)
+
+    async def close(self) -> None:
+        pass
+
+
+def fake_engine(folder: Path, faults: tuple[str, ...] = ()) -> Engine:
+    """An engine named "tiny" over the tiny catalog; its check reports the given faults."""
+    catalog = tiny_catalog(folder / "items")
+    return Engine(
+        name="tiny",
+        model_version="m1",
+        catalog_version="c1",
+        catalog=catalog,
+        runner=FakeRunner(catalog),
+        check=lambda: list(faults),
+        examples=("running shoes", "wool socks"),
+    )
+
+
+def fake_deployment(engine: Engine) -> Deployment:
+    """Two equal variants of one engine: control, and keywords on."""
+    options = VariantOptions(bundle=engine.name, width=64)
+    return Deployment(
+        [engine], Split({"control": options, "keywords": options.model_copy(update={"keywords": True})})
+    )
+
+
+def fake_settings(folder: Path) -> Settings:
+    """Settings with the state in a file of the given folder and a patient state timeout."""
+    return Settings(state=f"sqlite:{folder / 'state.sqlite3'}", state_timeout_ms=5000)
