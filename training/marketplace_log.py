@@ -115,9 +115,7 @@ def _show(
     step = rng.integers(1, max(2, len(others) // fill), size=len(users))
     place = rng.integers(len(others), size=len(users))[:, None] + step[:, None] * np.arange(SHOWN - width)
     second = others[place % len(others)]
-    rest = (
-        np.stack([world.utility(users[i : i + 1], second[i])[0] for i in range(len(users))]) - OFF_INTENT_PENALTY
-    )
+    rest = world.utility(users, second) - OFF_INTENT_PENALTY
     rest[world.items.published_at[second] > times[:, None]] = -np.inf
     rest[:, fill:] = -np.inf
     return np.hstack([first, second]), np.hstack([score, rest])

@@ -21,13 +21,16 @@ SPAN = DAYS * DAY
 
 def build_tables(world: World, needs: list[Need], log: Log, rng: np.random.Generator) -> Tables:
     """All five tables. Item and user ids are position + 1; 0 is nobody."""
-    titles = [_title(world, i, rng) for i in range(len(world.items.type))]
+    values = [_values(world, i) for i in range(len(world.items.type))]
+    titles = [_title(world, i, value, rng) for i, value in enumerate(values)]
     return Tables(
-        items=frame("items", _items(world, titles, rng)),
+        items=frame("items", _items(world, titles, values, rng)),
         users=frame("users", _users(world)),
         recall=frame("recall", _recall(needs, log)),
-        rank=frame("rank", _rank(world, needs, log, rng)),
-        relevance=frame("relevance", _relevance(world, needs, log, titles, rng)),
+        rank=frame("rank", _columns(_rank(world, needs, log, rng))),
+        relevance=frame(
+            "relevance", _columns(_relevance(world, needs, log, _described(world, titles, values), rng))
+        ),
     )
 
 
@@ -69,17 +72,18 @@ def _values(world: World, item: int) -> dict[str, str]:
     return words
 
 
-def _title(world: World, item: int, rng: np.random.Generator) -> str:
+def _title(world: World, item: int, value: dict[str, str], rng: np.random.Generator) -> str:
     """A seller's title: brand and type always, most attributes, sometimes a marketing word."""
-    words, value = world.words, _values(world, item)
+    words = world.words
     brand, size = world.brands.names[world.items.brand[item]], world.items.size[item]
     kind = words.types[world.items.type[item]].name
     series = words.lists["series"][int(rng.integers(len(words.lists["series"])))] if rng.random() < 0.5 else ""
     first, second = value["feature"].split(", ")
     audience = f"for {value['audience']}" if value["audience"] else ""
     season = f"for {value['season']}" if value["season"] else ""
+    material = "" if set(value["material"].split()) & set(kind.split()) else value["material"]
     head = (
-        f"{brand} {series} {value['material']} {kind} {size} {value['colour']}",
+        f"{brand} {series} {material} {kind} {size} {value['colour']}",
         f"{brand} {series} {value['style']} {kind} {audience} in {value['colour']}, {value['material']}",
         f"{brand} {series} {first} {kind} {audience}, {value['material']}, {value['colour']}, {size}",
     )[form := int(rng.integers(3))]
@@ -91,14 +95,16 @@ def _title(world: World, item: int, rng: np.random.Generator) -> str:
     return " ".join(text.replace(" ,", ",").split())
 
 
-def _items(world: World, titles: list[str], rng: np.random.Generator) -> dict[str, object]:
+def _items(
+    world: World, titles: list[str], values: list[dict[str, str]], rng: np.random.Generator
+) -> dict[str, object]:
     items, words, brand = world.items, world.words, world.items.brand
     types = [words.types[t] for t in items.type]
     outlet = rng.random(len(titles)) < 0.3
     cities = [city for _, city in words.cities]
     attributes = [
-        {**{axis: text for axis, text in _values(world, i).items() if text}, "size": items.size[i]}
-        for i in range(len(titles))
+        {**{axis: text for axis, text in value.items() if text}, "size": size}
+        for value, size in zip(values, items.size, strict=True)
     ]
     return {
         "item_id": np.arange(1, len(titles) + 1),
@@ -138,6 +144,10 @@ def _users(world: World) -> dict[str, object]:
 
 def _query(needs: list[Need], log: Log, session: int) -> str:
     return needs[int(log.need[session])].texts[int(log.text[session])]
+
+
+def _columns(rows: list[Row]) -> dict[str, list[object]]:
+    return {name: [row[name] for row in rows] for name in rows[0]}
 
 
 def _lists(padded: Ints) -> list[list[int]]:
@@ -231,8 +241,22 @@ def _rank(world: World, needs: list[Need], log: Log, rng: np.random.Generator) -
     return rows
 
 
+def _described(world: World, titles: list[str], values: list[dict[str, str]]) -> list[Row]:
+    """The item side of a relevance row, per item."""
+    return [
+        {
+            "item_id": item + 1,
+            "item_title": title,
+            "brand": (brand := world.brands.names[world.items.brand[item]]),
+            "seller_name": f"{brand} Official Store",
+            "attr_value": ",".join(text for text in value.values() if text),
+        }
+        for item, (title, value) in enumerate(zip(titles, values, strict=True))
+    ]
+
+
 def _relevance(
-    world: World, needs: list[Need], log: Log, titles: list[str], rng: np.random.Generator
+    world: World, needs: list[Need], log: Log, described: list[Row], rng: np.random.Generator
 ) -> list[Row]:
     """Graded query–item pairs: for logged queries some eligible items, others of the types, others of anywhere."""
     logged = np.unique(np.stack([log.need, log.text], axis=1), axis=0)
@@ -244,17 +268,10 @@ def _relevance(
         department = world.type_department[need.wants[0].type]
         siblings = by_type[int(rng.choice(np.flatnonzero(world.type_department == department)))]
         drawn = [rng.choice(pool, n) for pool, n in ((need.eligible, 3), (near, 2), (siblings, 1)) if len(pool)]
-        items = np.unique(np.concatenate([*drawn, rng.integers(len(titles), size=2)]))
-        for item, score in zip(items.tolist(), grade(world, need, items).tolist(), strict=True):
-            rows.append(
-                {
-                    "query": need.texts[text],
-                    "item_id": item + 1,
-                    "item_title": titles[item],
-                    "brand": world.brands.names[world.items.brand[item]],
-                    "seller_name": f"{world.brands.names[world.items.brand[item]]} Official Store",
-                    "attr_value": ",".join(v for v in _values(world, item).values() if v),
-                    "score": score,
-                }
-            )
+        items = np.unique(np.concatenate([*drawn, rng.integers(len(described), size=2)]))
+        grades = grade(world, need, items).tolist()
+        rows += [
+            {"query": need.texts[text], **described[item], "score": score}
+            for item, score in zip(items.tolist(), grades, strict=True)
+        ]
     return rows

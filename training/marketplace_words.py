@@ -65,23 +65,30 @@ def load_words() -> Words:
     departments = tuple(raw["taxonomy"])
     categories: list[str] = []
     types: list[ProductType] = []
+    lists = {name: _split(value) for name, value in raw.items() if isinstance(value, str)}
     for department, shelves in enumerate(raw["taxonomy"].values()):
         for name, shelf in shelves.items():
-            types += _types(shelf, department, len(categories))
+            types += _types(shelf, department, len(categories), lists)
             categories.append(name)
     scenes = tuple(
         Scene(tuple(p.strip() for p in said.split("|")), tuple(_want(want) for want in wants))
         for said, wants in raw["scenes"].items()
     )
     cities = tuple((country, city) for country, names in raw["cities"].items() for city in _split(names))
-    lists = {name: _split(value) for name, value in raw.items() if isinstance(value, str)}
     return Words(departments, tuple(categories), tuple(types), scenes, cities, lists)
 
 
-def _types(shelf: dict[str, Any], department: int, category: int) -> list[ProductType]:
-    words = [_split(shelf.get(name, "")) for name in ("materials", "features", "sizes", "audiences")]
-    priced = [entry.rsplit(" ", 1) for entry in _split(shelf["types"])]
-    return [ProductType(name, float(price), department, category, *words) for name, price in priced]
+def _types(
+    shelf: dict[str, Any], department: int, category: int, lists: dict[str, tuple[str, ...]]
+) -> list[ProductType]:
+    materials, features, sizes, audiences = (
+        _split(shelf.get(name, "")) for name in ("materials", "features", "sizes", "audiences")
+    )
+    types = []
+    for name, price in (entry.rsplit(" ", 1) for entry in _split(shelf["types"])):
+        only = ("women",) if name in lists["for_women"] else ("men",) if name in lists["for_men"] else audiences
+        types.append(ProductType(name, float(price), department, category, materials, features, sizes, only))
+    return types
 
 
 def _want(text: str) -> tuple[str, tuple[str, ...]]:

@@ -94,17 +94,17 @@ class World:
         return same if same.ndim == 1 else np.any(same, axis=1)
 
     def utility(self, users: Ints, items: Ints) -> Floats:
-        """[S, C] what each of S users makes of each of C items: popularity, tastes and affinities."""
-        u, i, values = self.users, self.items, self.items.values
-        audience = values["audience"][items]
-        wrong = (audience >= 0) & (audience != u.gender[users][:, None])
+        """[S, C] what each of S users makes of items [C] or [S, C]: popularity, tastes and affinities."""
+        u, i, who = self.users, self.items, users[:, None]
+        audience = i.values["audience"][items]
+        wrong = (audience >= 0) & (audience != u.gender[who])
         total: Floats = (
             i.log_popularity[items]
-            + u.colour[users][:, values["colour"][items]]
-            + u.style[users][:, values["style"][items]]
-            + u.brand[users][:, i.brand[items]]
-            + u.type[users][:, i.type[items]]
-            - 0.8 * np.abs(u.tier[users][:, None] - self.item_tier[items])
+            + u.colour[who, i.values["colour"][items]]
+            + u.style[who, i.values["style"][items]]
+            + u.brand[who, i.brand[items]]
+            + u.type[who, i.type[items]]
+            - 0.8 * np.abs(u.tier[who] - self.item_tier[items])
             - 1.2 * wrong
         )
         return total
@@ -157,7 +157,7 @@ def _items(
     season = np.where(rng.random(count) < 0.7, -1, rng.integers(len(names["season"]), size=count))
     size = rng.random(count)
     values = {
-        "colour": rng.choice(len(names["colour"]), count, p=zipf(len(names["colour"]), 0.6)),
+        "colour": _colours(words, kind, rng),
         "style": style % len(names["style"]),
         "season": season,
         "audience": _pick(words, "audiences", names["audience"], kind, rng),
@@ -187,6 +187,13 @@ def _pick(words: Words, field: str, names: tuple[str, ...], kind: Ints, rng: np.
     own = [np.array([code[v] for v in getattr(t, field)] or [-1]) for t in words.types]
     draw = rng.random(len(kind))
     return np.array([own[t][int(d * len(own[t]))] for t, d in zip(kind, draw, strict=True)])
+
+
+def _colours(words: Words, kind: Ints, rng: np.random.Generator) -> Ints:
+    """[I] any colour but the last, which is that of the categories that have no colour to choose."""
+    last = len(words.lists["colours"]) - 1
+    fixed = np.array([words.categories[t.category] in words.lists["uncoloured"] for t in words.types])
+    return np.where(fixed[kind], last, rng.choice(last, len(kind), p=zipf(last, 0.6)))
 
 
 def _features(words: Words, names: tuple[str, ...], kind: Ints, rng: np.random.Generator) -> Ints:
