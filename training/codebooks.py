@@ -154,7 +154,7 @@ def _kmeans(points: Float32, size: int, iterations: int, seed: int) -> Float32:
         points.shape[1],
         size,
         niter=iterations,
-        seed=seed + 1,  # faiss reads 0 as a seed of its own only in some versions
+        seed=seed,
         max_points_per_centroid=_POINTS_PER_CENTROID,
         min_points_per_centroid=1,
     )
