@@ -114,7 +114,7 @@ def _fit_identifiers(recipe: Recipe, tables: Tables, views: Sequence[PageView], 
     report = sid_report(
         item_sids,
         codebooks.sizes,
-        pairs=(query_sids[pairs.query], item_sids[pairs.item]),
+        pairs=(query_sids[pairs.query - len(items)], item_sids[pairs.item]),
         categories=_categories(tables),
     )
     partial = folder.with_name(f".{folder.name}.partial")

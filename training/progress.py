@@ -28,7 +28,10 @@ class _Rate(ProgressColumn):
 
 
 class Meter:
-    """Counts work done; use as a context manager. `note` is a short text shown beside the bar, e.g. a loss."""
+    """Counts work done; use as a context manager. `note` is a short text shown beside the bar, e.g. a loss.
+
+    A total of 0 means that it is not known.
+    """
 
     def __init__(self, description: str, total: int, done: int = 0) -> None:
         self._description, self._total, self._done, self._first = description, total, done, done
@@ -43,7 +46,9 @@ class Meter:
                 *columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=self._console
             )
             self._bar.start()
-            self._task = self._bar.add_task(self._description, total=self._total, completed=self._done, note="")
+            self._task = self._bar.add_task(
+                self._description, total=self._total or None, completed=self._done, note=""
+            )
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -64,9 +69,9 @@ class Meter:
         self._shown = time.monotonic()
         seconds = max(self._shown - self._started, 1e-9)
         rate = (self._done - self._first) / seconds
-        eta = f"{(self._total - self._done) / rate:.0f} s left" if rate else "…"
-        end = f"{self._description}: {self._done}/{self._total}, {rate:.1f}/s, {eta} {note}".rstrip()
-        print(end, file=sys.stderr, flush=True)
+        known = f"/{self._total}, {(self._total - self._done) / rate:.0f} s left" if self._total and rate else ""
+        line = f"{self._description}: {self._done}{known}, {rate:.1f}/s {note}".rstrip()
+        print(line, file=sys.stderr, flush=True)
 
 
 def track(iterable: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
