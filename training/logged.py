@@ -1,0 +1,174 @@
+"""Evaluation on held-out logs: does the model find what people clicked and ordered, beside BM25 and popularity?
+
+Legend: N items, V page views, U units: one clicked item of one page view. A page view's value is the mean over its
+units, so page views weigh the same however much was clicked (spec §5.2).
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from onesearch.catalog import Catalog
+from onesearch.errors import DataError
+from training.baselines import Baseline, Bm25, CategoryPopularity, item_text
+from training.metrics import (
+    Estimate,
+    Floats,
+    Measured,
+    Rows,
+    compare,
+    coverage,
+    gini,
+    hits,
+    item_rank,
+    leaf_numbers,
+    optimistic_rank,
+    per_view,
+    reciprocal,
+    sid_rank,
+)
+from training.sessions import PageView
+from training.subject import BM25, MODEL, POPULARITY, Report, Subject, item_bodies, measure_validity, rank, sample
+
+_DETAILED = ("clicks", "orders")  # slices with all cutoffs and collision rules; the others show HR@10 and MRR@10
+_TOP = 10  # list length of coverage and Gini
+
+Ranks = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Units:
+    """What page views clicked: view int64 [U] (position in the list asked), row int64 [U] (-1: not in the catalog)."""
+
+    view: Ranks
+    row: Ranks
+    ordered: Mask
+
+
+def evaluate_logs(
+    subject: Subject, views: Sequence[PageView], split: str, max_requests: int | None, seed: int
+) -> Report:
+    """HR, MRR and valid-SID rate on the page views of a split that clicked something, with baselines.
+
+    Raises DataError when there is no such page view. A clicked item that the catalog lacks counts as not found.
+    """
+    inside = [view for view in views if view.split == split]
+    clicking = [view for view in inside if view.clicked]
+    if not clicking:
+        found = f"{len(inside)} page views of split {split!r}, none with a click; expected at least one"
+        raise DataError("recall", [found])
+    asked = sample(clicking, max_requests, seed)
+    train = [view for view in views if view.split == "train"]
+    contexts = [view.context for view in asked]
+    ranked, facts = rank(subject, contexts, log_baselines(subject.catalog, train))
+    units = _units(asked, subject.catalog)
+    ranks = _ranks(units, ranked, subject.catalog)
+    slices, cuts = _slices(asked, units, train, subject.catalog)
+    measured: list[Measured] = []
+    for name, keep in slices.items():
+        measured += compare(name, _values(ranks, units, keep, name in _DETAILED), MODEL, seed)
+    measured += _spread(ranked, subject.catalog.num_items) + measure_validity(subject, contexts, seed)
+    facts |= {
+        "split": split,
+        "sources": dict(Counter(view.source for view in asked)),
+        "page_views": len(inside),
+        "page_views_without_click": len(inside) - len(clicking),
+        "page_views_asked": len(asked),
+        "clicked_items": len(units.row),
+        "clicked_items_not_in_catalog": int((units.row < 0).sum()),
+        "train_count_of_query": cuts,
+        "empty_slices": [name for name, keep in slices.items() if not keep.any()],
+    }
+    return Report(measured, facts)
+
+
+def log_baselines(catalog: Catalog, train: Sequence[PageView]) -> dict[str, Baseline]:
+    """BM25 on title and attributes, and popularity in the query's leaf category, from training page views."""
+    bodies = item_bodies(catalog)
+    clicked: dict[str, Counter[int]] = defaultdict(Counter)
+    for view in train:
+        clicked[view.context.query].update(catalog.rows_of(view.clicked).tolist())
+    bm25 = Bm25([item_text(body) for body in bodies])
+    paths = ["/".join(body["category"]) for body in bodies]
+    return {BM25: bm25, POPULARITY: CategoryPopularity(paths, clicked, bm25)}
+
+
+def _units(asked: Sequence[PageView], catalog: Catalog) -> Units:
+    pairs = [(i, item, item in view.ordered) for i, view in enumerate(asked) for item in view.clicked]
+    rows = [catalog.row_of(item) for _, item, _ in pairs]
+    return Units(
+        view=np.asarray([i for i, _, _ in pairs], dtype=np.int64),
+        row=np.asarray([-1 if row is None else row for row in rows], dtype=np.int64),
+        ordered=np.asarray([ordered for *_, ordered in pairs], dtype=np.bool_),
+    )
+
+
+def _slices(
+    asked: Sequence[PageView], units: Units, train: Sequence[PageView], catalog: Catalog
+) -> tuple[dict[str, Mask], dict[str, Any]]:
+    """Masks over units by action, by terciles of the query's training count, and for items never clicked there."""
+    counts = Counter(view.context.query for view in train)
+    seen = np.asarray([counts[view.context.query] for view in asked])
+    low, high = (int(cut) for cut in np.percentile(seen, [100 / 3, 200 / 3], method="lower"))
+    of_unit = seen[units.view]
+    warm = np.zeros(catalog.num_items + 1, dtype=np.bool_)  # the last entry stands for items not in the catalog
+    warm[-1] = True
+    for view in train:
+        warm[catalog.rows_of(view.clicked)] = True
+    masks = {
+        "clicks": np.ones(len(units.row), dtype=np.bool_),
+        "orders": units.ordered,
+        "head queries": of_unit > high,
+        "middle queries": (of_unit > low) & (of_unit <= high),
+        "tail queries": of_unit <= low,
+        "not clicked in train": ~warm[units.row],
+    }
+    return masks, {"tail": f"<= {low}", "middle": f"> {low}, <= {high}", "head": f"> {high}"}
+
+
+def _ranks(units: Units, ranked: Mapping[str, Sequence[Rows]], catalog: Catalog) -> dict[str, dict[str, Ranks]]:
+    """Ranks of every unit's target: by item for each system, by SID and optimistic for the model (spec §5.2)."""
+    pairs = list(zip(units.view.tolist(), units.row.tolist(), strict=True))
+    leaf = leaf_numbers(catalog.sids)
+    leaves = [leaf[rows] for rows in ranked[MODEL]]
+    targets = np.where(units.row < 0, -1, leaf[units.row]).tolist()
+    ranks = {
+        "": {name: np.asarray([item_rank(lists[v], row) for v, row in pairs]) for name, lists in ranked.items()}
+    }
+    for kind, place in (("SID ", sid_rank), ("optimistic ", optimistic_rank)):
+        found = [place(leaves[v], target) for (v, _), target in zip(pairs, targets, strict=True)]
+        ranks[kind] = {MODEL: np.asarray(found)}
+    return ranks
+
+
+def _values(
+    ranks: Mapping[str, Mapping[str, Ranks]], units: Units, keep: Mask, detailed: bool
+) -> dict[str, dict[str, Floats]]:
+    """Per-page-view values of one slice: measure → system → float64 [V]."""
+    values: dict[str, dict[str, Floats]] = {}
+    for kind, systems in ranks.items():
+        if kind and not detailed:
+            continue
+        depths = (1, 10, 50, 100) if detailed and not kind else (10,)
+        cutoffs = [*(("HR", hits, k) for k in depths), ("MRR", reciprocal, 10)]
+        for name, measure, k in cutoffs:
+            values[f"{kind}{name}@{k}"] = {
+                s: per_view(measure(r, k), units.view, keep) for s, r in systems.items()
+            }
+    return values
+
+
+def _spread(ranked: Mapping[str, Sequence[Rows]], num_items: int) -> list[Measured]:
+    """How widely the top lists spread over the catalog; values of the whole run, hence without intervals."""
+    count = len(ranked[MODEL])
+    return [
+        Measured(
+            "recommended items", name, count, {s: Estimate(f(r, num_items, _TOP)) for s, r in ranked.items()}, {}
+        )
+        for name, f in ((f"coverage@{_TOP}", coverage), (f"Gini@{_TOP}", gini))
+    ]
