@@ -117,6 +117,11 @@ def write_tables(tables: Tables, directory: str | Path, format: Format = "jsonl"
         temporary.replace(final)
 
 
+def table_format(directory: str | Path) -> Format:
+    """The format that a directory's items table is in."""
+    return "parquet" if (Path(directory) / "items.parquet").is_file() else "jsonl"
+
+
 def frame(table: str, columns: Mapping[str, Any]) -> pl.DataFrame:
     """Build a table from trusted columns (sequences of equal length), filling the optional ones that are absent."""
     size = len(next(iter(columns.values())))
