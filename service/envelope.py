@@ -11,12 +11,14 @@ from collections.abc import MutableMapping
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.problems import problem
 from service.telemetry import Metrics
 
 MAX_BODY_BYTES = 64 * 1024
+_JSON = "application/json"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 _QUIET = {"/healthz", "/readyz", "/metrics"}
 _SECURITY = {
@@ -65,13 +67,10 @@ class Envelope:
             self._account(scope, status, time.perf_counter() - started)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        body = await _read(scope, receive)
-        if body is None:
-            detail = f"the body is larger than {MAX_BODY_BYTES} bytes"
-            errors = [("body", f"is larger than {MAX_BODY_BYTES} bytes")]
-            refusal = problem(scope["state"]["request_id"], 413, detail, code="body-too-large", errors=errors)
-            refusal.headers["Connection"] = "close"
-            await refusal(scope, receive, send)
+        headers = Headers(scope=scope)
+        body = await _read(headers, receive)
+        if body is None or (body and not _is_json(headers)):
+            await _refusal(scope["state"]["request_id"], body, headers)(scope, receive, send)
             return
         delivered = False
 
@@ -99,9 +98,9 @@ class Envelope:
         logger.log(logging.DEBUG if route in _QUIET else logging.INFO, "request", extra={"fields": fields})
 
 
-async def _read(scope: Scope, receive: Receive) -> bytes | None:
+async def _read(headers: Headers, receive: Receive) -> bytes | None:
     """The body, or None when it is declared or turns out to be too large."""
-    declared = Headers(scope=scope).get("content-length", "0")
+    declared = headers.get("content-length", "0")
     if declared.isdigit() and int(declared) > MAX_BODY_BYTES:
         return None
     body = bytearray()
@@ -112,6 +111,23 @@ async def _read(scope: Scope, receive: Receive) -> bytes | None:
             return None
         if not message.get("more_body", False):
             return bytes(body)
+
+
+def _is_json(headers: Headers) -> bool:
+    return headers.get("content-type", "").partition(";")[0].strip().lower() == _JSON
+
+
+def _refusal(request_id: str, body: bytes | None, headers: Headers) -> Response:
+    """The problem of a body that is too large (None) or not declared to be JSON."""
+    if body is not None:
+        detail = f"Content-Type: {headers.get('content-type', '')!r} is not supported, expected {_JSON}"
+        errors = [("Content-Type", f"expected {_JSON}")]
+        return problem(request_id, 415, detail, code="unsupported-media-type", errors=errors)
+    fault = f"is larger than {MAX_BODY_BYTES} bytes"
+    close = {"Connection": "close"}  # the rest of the body is never read
+    return problem(
+        request_id, 413, f"the body {fault}", code="body-too-large", errors=[("body", fault)], headers=close
+    )
 
 
 def _add_headers(message: Message, state: MutableMapping[str, Any], started: float) -> None:

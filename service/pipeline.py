@@ -23,6 +23,7 @@ T = TypeVar("T")
 
 VARIANT_HEADER = "X-OneSearch-Variant"
 BUCKET_HEADER = "X-OneSearch-Bucket-Key"
+MAX_BUCKET_KEY = 256
 UNKNOWN_USER, STATE_UNAVAILABLE = "unknown_user", "state_unavailable"
 
 
@@ -61,6 +62,8 @@ class Pipeline:
                 known = ", ".join(variants)
                 raise HeaderError(VARIANT_HEADER, f"{caller.forced_variant!r} is not one of {known}")
             return variants[caller.forced_variant]
+        if caller.bucket_key is not None and len(caller.bucket_key) > MAX_BUCKET_KEY:
+            raise HeaderError(BUCKET_HEADER, f"is longer than {MAX_BUCKET_KEY} characters")
         return variants[self._deployment.split.assign(caller.bucket_key or user or caller.request_id)]
 
     async def search(self, request: SearchRequest, caller: Caller) -> Answer:

@@ -49,13 +49,6 @@ class HeaderError(InputError):
     status = 400
 
 
-class UnsupportedMediaType(OneSearchError):
-    """A body that is not declared to be JSON."""
-
-    code = "unsupported-media-type"
-    status = 415
-
-
 class NotFound(OneSearchError):
     """What was asked for does not exist."""
 

@@ -5,12 +5,12 @@ from pathlib import Path as FilePath
 from typing import Annotated, Any, TypedDict, cast
 
 import orjson
-from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
+from fastapi import APIRouter, Path, Query, Request, Response
 from starlette.responses import FileResponse
 
 from service.deployment import Deployment
 from service.pipeline import BUCKET_HEADER, VARIANT_HEADER, Caller, Pipeline
-from service.problems import MEDIA_TYPE, UnsupportedMediaType
+from service.problems import MEDIA_TYPE
 from service.readiness import Readiness
 from service.schemas import (
     CatalogInfo,
@@ -49,33 +49,25 @@ def _answers(model: type[Any], *problems: int, status: int = 200) -> dict[int | 
     return {status: {"model": model}, **_problems(*problems)}
 
 
-async def _is_json(request: Request) -> None:
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != _JSON:
-        raise UnsupportedMediaType(f"Content-Type: {kind!r} is not supported, expected {_JSON}")
-
-
-async def _pipeline(request: Request) -> Pipeline:
-    return cast(Pipeline, request.state.pipeline)
-
-
-async def _caller(
-    request: Request,
-    forced: Annotated[str | None, Header(alias=VARIANT_HEADER, description="forces a variant")] = None,
-    bucket: Annotated[
-        str | None, Header(alias=BUCKET_HEADER, max_length=256, description="key of the sticky split")
-    ] = None,
-) -> Caller:
-    return Caller(request.state.request_id, forced, bucket)
-
-
-PipelinePart = Annotated[Pipeline, Depends(_pipeline)]
-CallerPart = Annotated[Caller, Depends(_caller)]
+_HEADERS = {
+    "parameters": [
+        {"name": name, "in": "header", "required": False, "description": text, "schema": {"type": "string"}}
+        for name, text in ((VARIANT_HEADER, "forces a variant"), (BUCKET_HEADER, "key of the sticky split"))
+    ]
+}
 router = APIRouter()
 
 
-async def _search(request: Request, pipeline: Pipeline, body: SearchRequest, caller: Caller) -> Response:
-    answer = await pipeline.search(body, caller)
+# Headers and parts are read from the request, not injected: resolving dependencies costs more than a search's
+# own bookkeeping.
+def _pipeline(request: Request) -> Pipeline:
+    return cast(Pipeline, request.state.pipeline)
+
+
+async def _search(request: Request, body: SearchRequest) -> Response:
+    headers = request.headers
+    caller = Caller(request.state.request_id, headers.get(VARIANT_HEADER), headers.get(BUCKET_HEADER))
+    answer = await _pipeline(request).search(body, caller)
     request.state.variant, request.state.timings_ms = answer.variant, answer.timings_ms
     return Response(answer.body, media_type=_JSON, headers={"Cache-Control": "no-store"})
 
@@ -84,22 +76,24 @@ async def _search(request: Request, pipeline: Pipeline, body: SearchRequest, cal
     "/v1/search",
     tags=["search"],
     summary="Search",
-    dependencies=[Depends(_is_json)],
+    openapi_extra=_HEADERS,
     responses=_answers(SearchAnswer, 400, 413, 415, 422, 503),
 )
-async def search(request: Request, body: SearchRequest, pipeline: PipelinePart, caller: CallerPart) -> Response:
+async def search(request: Request, body: SearchRequest) -> Response:
     """Ranked items for a query, personalised by the user's history."""
-    return await _search(request, pipeline, body, caller)
+    return await _search(request, body)
 
 
 @router.get(
-    "/v1/search", tags=["search"], summary="Search, for a browser", responses=_answers(SearchAnswer, 400, 422, 503)
+    "/v1/search",
+    tags=["search"],
+    summary="Search, for a browser",
+    openapi_extra=_HEADERS,
+    responses=_answers(SearchAnswer, 400, 422, 503),
 )
-async def search_by_url(
-    request: Request, given: Annotated[SearchParameters, Query()], pipeline: PipelinePart, caller: CallerPart
-) -> Response:
+async def search_by_url(request: Request, given: Annotated[SearchParameters, Query()]) -> Response:
     """The same answer as `POST /v1/search`."""
-    return await _search(request, pipeline, given.to_request(), caller)
+    return await _search(request, given.to_request())
 
 
 @router.post(
@@ -107,20 +101,19 @@ async def search_by_url(
     tags=["events"],
     summary="Record an event",
     status_code=202,
-    dependencies=[Depends(_is_json)],
     responses=_answers(EventAnswer, 400, 413, 415, 422, 503, status=202),
 )
-async def record(request: Request, body: EventRequest, pipeline: PipelinePart) -> Response:
+async def record(request: Request, body: EventRequest) -> Response:
     """An impression, click, cart or order. Clicks and orders enter the user's history."""
-    await pipeline.record(body)
+    await _pipeline(request).record(body)
     answer = {"request_id": request.state.request_id, "accepted": 1}
     return Response(orjson.dumps(answer), status_code=202, media_type=_JSON)
 
 
 @router.get("/v1/items/{item_id}", tags=["catalog"], summary="Item", responses=_answers(FoundItem, 404, 422))
-async def item(item_id: Annotated[int, Path(ge=0, le=2**63 - 1)], pipeline: PipelinePart) -> Response:
+async def item(request: Request, item_id: Annotated[int, Path(ge=0, le=2**63 - 1)]) -> Response:
     """One item of the catalog with its SID."""
-    return Response(pipeline.item(item_id), media_type=_JSON)
+    return Response(_pipeline(request).item(item_id), media_type=_JSON)
 
 
 @router.get("/v1/variants", tags=["search"], summary="Variants")

@@ -137,6 +137,8 @@ def test_a_header_forces_a_variant(running: Running) -> None:
     answer = running.client.post("/v1/search", json={"query": "x"}, headers={"X-OneSearch-Variant": "nope"})
     problem = assert_problem(answer, 400, "X-OneSearch-Variant")
     assert "control, keywords" in problem["detail"]
+    answer = running.client.post("/v1/search", json={"query": "x"}, headers={"X-OneSearch-Bucket-Key": "k" * 257})
+    assert_problem(answer, 400, "X-OneSearch-Bucket-Key")
 
 
 def test_the_split_sticks_to_the_bucket_key_then_to_the_user(running: Running) -> None:

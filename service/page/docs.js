@@ -75,7 +75,7 @@ function drawn(method, path, call, document) {
 async function draw() {
   const description = await (await fetch("/openapi.json")).json();
   byId("title").textContent = `${description.info.title} ${description.info.version}`;
-  byId("about").textContent = description.info.description;
+  byId("intro").textContent = description.info.description;
   const groups = new Map();
   for (const [path, methods] of Object.entries(description.paths)) {
     for (const [method, call] of Object.entries(methods)) {
@@ -91,4 +91,4 @@ async function draw() {
   }
 }
 
-draw().catch(() => (byId("about").textContent = "The description cannot be read."));
+draw().catch(() => (byId("intro").textContent = "The description cannot be read."));

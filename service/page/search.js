@@ -105,7 +105,7 @@ function fail(error) {
 function card(item, answer) {
   const node = byId("card").content.cloneNode(true);
   const set = (name, text) => (node.querySelector(name).textContent = text);
-  const group = item.category.at(0) ?? "";
+  const group = item.category.slice(0, 2).join();
   const share = Math.exp(item.score - answer.items[0].score);
   set(".rank", item.rank);
   set(".tile", (item.brand ?? item.title).trim().charAt(0).toUpperCase());
