@@ -192,6 +192,16 @@ class OneSearchModel(nn.Module):
             raise BundleError(str(path), str(error).splitlines()) from error
 
 
+def open_model(folder: Path) -> OneSearchModel:
+    """The model of a bundle folder (model.json, weights.safetensors), in eval mode. Raises BundleError."""
+    try:
+        model = OneSearchModel(ModelConfig.from_json((folder / "model.json").read_bytes()))
+    except (OSError, ValueError) as error:
+        raise BundleError(str(folder), [f"model.json: {error}"]) from error
+    model.load_weights(folder / "weights.safetensors")
+    return model.eval()
+
+
 def from_pretrained(folder: Path, renderer: Renderer, dropout: float = 0.1) -> OneSearchModel:
     """A saved BART checkpoint with rows added for control and SID tokens.
 

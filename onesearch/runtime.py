@@ -5,7 +5,7 @@ Legend: K beams, P beams of the previous step, t steps taken, S prompt tokens, H
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,7 @@ from onesearch.sid import Codes, SidVocab
 
 Ids = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]
-PRECISIONS = ("fp32", "int8")
+Precision = Literal["fp32", "int8"]
 State = TypeVar("State")
 
 
@@ -64,9 +64,12 @@ class OnnxDecoder:
     request may use. Raises ConfigError when a graph is missing or cannot be read.
     """
 
-    def __init__(self, graphs: Path, vocab: SidVocab, bos: int, threads: int, precision: str = "fp32") -> None:
-        if precision not in PRECISIONS:
-            raise ConfigError(f"precision: {precision!r} is unknown, expected one of {', '.join(PRECISIONS)}")
+    def __init__(
+        self, graphs: Path, vocab: SidVocab, bos: int, threads: int, precision: Precision = "fp32"
+    ) -> None:
+        if precision not in get_args(Precision):
+            known = ", ".join(get_args(Precision))
+            raise ConfigError(f"precision: {precision!r} is unknown, expected one of {known}")
         self._vocab, self._bos = vocab, bos
         self._prefill = _session(graphs / "prefill.onnx", threads)
         self._step = _session(graphs / step_file(precision), threads)
@@ -92,8 +95,8 @@ class OnnxDecoder:
         return BeamSteps(run, list(_values(dict.fromkeys(self._states, empty)).values()), self._vocab, self._bos)
 
 
-def step_file(precision: str) -> str:
-    """File name of the step graph of a precision."""
+def step_file(precision: Precision) -> str:
+    """File name of the step graph of a precision; the prefill graph has only one."""
     return "step.onnx" if precision == "fp32" else f"step.{precision}.onnx"
 
 
@@ -109,6 +112,8 @@ def _session(path: Path, threads: int) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
+    # A spinning pool wins microseconds on an idle machine and starves everything else on a busy one.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises a class of its own per fault, all straight under Exception

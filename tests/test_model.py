@@ -46,11 +46,11 @@ def reference_logits(model, prompt: Prompt, codes):
     return np.stack(rows)
 
 
-def walk(rng, beams=9):
+def walk(rng, sizes=SIZES, beams=9):
     """Codes [K, t] and parents [K] of a made-up search that reorders and repeats its beams."""
     codes, parents = np.empty((1, 0), np.uint16), np.zeros(1, np.int64)
     yield codes, parents
-    for size in SIZES[:-1]:
+    for size in sizes[:-1]:
         parents = rng.integers(0, len(codes), beams)
         codes = np.column_stack([codes[parents], rng.integers(0, size, beams).astype(np.uint16)])
         yield codes, parents

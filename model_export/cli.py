@@ -1,0 +1,105 @@
+"""`onesearch-export BUNDLE --target onnx`: reads a bundle and adds graphs/ to it, once parity is proven."""
+
+import shutil
+from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import orjson
+import typer
+
+from onesearch.bundle import GRAPHS, STAMP, Bundle, open_bundle, sha256
+from onesearch.errors import ExportError, OneSearchError
+from onesearch.runtime import OnnxDecoder, Precision, step_file
+
+Target = Literal["onnx"]
+
+
+def export_onnx(path: Path, precision: Precision, say: Callable[[str], None]) -> dict[str, Any]:
+    """Write BUNDLE/graphs and return its stamp; `int8` adds the int8 step graph to the fp32 ones.
+
+    An earlier export is replaced, and only when the new one has passed. Raises ExportError when the graphs miss
+    their parity limits, BundleError when the bundle does not open.
+    """
+    from model_export import parity, quantise, to_onnx
+    from onesearch.model import TorchDecoder, open_model
+
+    say("[1/4] open the bundle")
+    bundle, model = open_bundle(path), open_model(path)
+    if not bundle.examples:
+        raise ExportError(f"bundle {path}", ["examples.jsonl: is empty, nothing to prove parity with"])
+    graphs = _beside(path, "partial")
+    graphs.mkdir()
+
+    say("[2/4] write the graphs")
+    precisions: list[Precision] = ["fp32"]
+    to_onnx.export_prefill(model, graphs / "prefill.onnx")
+    to_onnx.export_step(model, graphs / step_file("fp32"))
+    if precision == "int8":
+        quantise.quantise_step(graphs / step_file("fp32"), graphs / step_file("int8"))
+        precisions.append("int8")
+
+    say(f"[3/4] compare with torch on {len(bundle.examples)} golden examples")
+    sids, bos = bundle.renderer.sids, bundle.renderer.bos
+    reference = TorchDecoder(model, bundle.renderer)
+    rows = [parity.measure(bundle, reference, OnnxDecoder(graphs, sids, bos, 1, p), p) for p in precisions]
+    if faults := [fault for row in rows for fault in row.faults()]:
+        raise ExportError(f"bundle {path}", faults)
+
+    say("[4/4] stamp")
+    stamp = _stamp(bundle, graphs, {row.precision: row.summary() for row in rows})
+    (graphs / STAMP).write_bytes(orjson.dumps(stamp, option=orjson.OPT_INDENT_2))
+    _install(graphs, path)
+    return stamp
+
+
+def _stamp(bundle: Bundle, graphs: Path, parity: dict[Precision, dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "digest": bundle.manifest.digest,
+        "model_version": bundle.manifest.model_version,
+        "files": {file.name: sha256(file) for file in sorted(graphs.iterdir())},
+        "versions": {name: version(name) for name in ("onnx", "onnxruntime", "torch")},
+        "parity": parity,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _beside(path: Path, role: str) -> Path:
+    """A path next to the bundle that does not exist: a bundle holds no file its manifest does not list."""
+    folder = path.resolve().with_name(f".{path.resolve().name}.graphs.{role}")
+    shutil.rmtree(folder, ignore_errors=True)
+    return folder
+
+
+def _install(new: Path, path: Path) -> None:
+    old, target = _beside(path, "old"), path / GRAPHS
+    if target.exists():
+        target.rename(old)
+    new.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _main(
+    bundle: Annotated[Path, typer.Argument(help="the bundle folder")],
+    target: Annotated[Target, typer.Option(help="what to export to")] = "onnx",
+    precision: Annotated[Precision, typer.Option(help="int8 adds the quantised step graph")] = "fp32",
+) -> None:
+    """Export the graphs of a bundle and prove that they agree with the model."""
+    try:
+        stamp = export_onnx(bundle, precision, typer.echo)
+    except OneSearchError as error:
+        typer.echo(f"onesearch-export: {error}", err=True)
+        raise typer.Exit(2) from error
+    for name, row in stamp["parity"].items():
+        typer.echo(f"{name}: {', '.join(f'{key} {value:.3g}' for key, value in row.items())}")
+
+
+def main() -> None:
+    """Console entry point."""
+    typer.run(_main)
+
+
+if __name__ == "__main__":
+    main()

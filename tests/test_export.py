@@ -1,0 +1,117 @@
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import pytest
+from typer.testing import CliRunner
+
+from model_export import cli, parity, to_onnx
+from model_export.cli import export_onnx
+from model_export.parity import Comparison, Parity, score_gap
+from onesearch.bundle import open_bundle
+from onesearch.decode import BeamResult
+from onesearch.errors import BundleError, ExportError
+from onesearch.runtime import OnnxDecoder
+from onesearch.search import Searcher, replay
+
+
+@pytest.fixture
+def bundle_path(exported, tmp_path):
+    """A private copy of the exported bundle."""
+    return shutil.copytree(exported[0], tmp_path / "bundle")
+
+
+@pytest.fixture
+def quick_export(exported, monkeypatch):
+    """Tracing takes seconds: take the graphs that were written before."""
+    for name in ("prefill", "step"):
+        graph = exported[0] / "graphs" / f"{name}.onnx"
+        monkeypatch.setattr(to_onnx, f"export_{name}", lambda model, path, graph=graph: shutil.copy(graph, path))
+
+
+def command(*arguments):
+    app = cli.typer.Typer()
+    app.command()(cli._main)
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def test_an_exported_bundle_opens_and_its_graphs_replay_the_golden_examples(exported):
+    path, stamp, steps = exported
+    bundle = open_bundle(path)
+    assert bundle.graph_stamp == stamp and len(steps) == 4
+    decoder = OnnxDecoder(bundle.graphs, bundle.renderer.sids, bundle.renderer.bos, 1)
+    assert replay(Searcher(bundle, decoder), bundle.examples) == []
+
+
+def test_the_stamp_says_what_was_made_and_how_close_it_is(exported):
+    path, stamp, _ = exported
+    assert stamp["digest"] == open_bundle(path).manifest.digest
+    assert sorted(stamp["files"]) == ["prefill.onnx", "step.int8.onnx", "step.onnx"]
+    fp32, int8 = stamp["parity"]["fp32"], stamp["parity"]["int8"]
+    assert fp32["examples"] == 3 and fp32["overlap_top_10"] == 1
+    assert 0 < fp32["logits"] <= 1e-4 and fp32["scores"] <= 1e-4
+    assert fp32["logits"] < int8["logits"] < 0.5 and int8["overlap_top_10"] > 0.5
+
+
+def test_graphs_have_named_axes_and_no_traces_of_the_machine(exported):
+    path, *_ = exported
+    for name in ("prefill", "step"):
+        graph = onnx.load(path / "graphs" / f"{name}.onnx").graph
+        assert not any(node.doc_string or node.metadata_props for node in graph.node)
+        assert str(cli.__file__).rsplit("/", 2)[0].encode() not in (path / "graphs" / f"{name}.onnx").read_bytes()
+    shapes = {i.name: [d.dim_param or d.dim_value for d in i.type.tensor_type.shape.dim] for i in graph.input}
+    assert shapes["tokens"] == shapes["parents"] == ["beams"] and shapes["head"] == ["codes"]
+    assert shapes["context_keys_0"] == [2, 16, "prompt"]
+    assert shapes["state_values_1"] == ["steps", "previous", 32]
+
+
+def test_nothing_is_left_beside_the_bundle_and_a_second_export_replaces_the_first(bundle_path, quick_export):
+    assert command(bundle_path).exit_code == 0
+    assert [p.name for p in bundle_path.parent.iterdir()] == ["bundle"]
+    assert sorted(open_bundle(bundle_path).graph_stamp["parity"]) == ["fp32"]
+
+
+def test_graphs_that_miss_the_gate_are_not_stamped(bundle_path, quick_export, monkeypatch):
+    shutil.rmtree(bundle_path / "graphs")
+    monkeypatch.setitem(parity.LIMITS, "fp32", parity.Limits(logits=0, scores=1))
+    with pytest.raises(ExportError, match=r"fp32: logits differ by .* on example \d \('.*'\), allowed 0"):
+        export_onnx(bundle_path, "fp32", lambda step: None)
+    assert open_bundle(bundle_path).graphs is None
+
+
+def test_a_damaged_bundle_or_graph_is_reported_by_the_command(bundle_path):
+    with (bundle_path / "weights.safetensors").open("ab") as file:
+        file.write(b"x")
+    result = command(bundle_path)
+    assert result.exit_code == 2 and "weights.safetensors: sha256" in result.output
+    with (bundle_path / "graphs" / "step.onnx").open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(BundleError):
+        open_bundle(bundle_path)
+
+
+def test_an_unknown_target_or_precision_is_a_clear_error(bundle_path):
+    for option, value in (("--target", "abacus"), ("--precision", "int3")):
+        result = command(bundle_path, option, value)
+        assert result.exit_code == 2 and value in result.output
+
+
+def result_of(codes, scores):
+    codes = np.array([[code] * 5 for code in codes], np.uint16)
+    return BeamResult(codes, np.array(scores, np.float32), np.zeros(len(codes), np.int64), ())
+
+
+def test_score_gap_forgives_near_ties_only():
+    expected = result_of([1, 2, 3], [-1.0, -2.0, -2.00001])
+    assert score_gap(expected, expected) == 0
+    assert score_gap(expected, result_of([1, 3, 4], [-1.0, -2.0, -2.00001])) < 1e-4
+    assert score_gap(expected, result_of([2, 1, 3], [-1.0, -2.0, -2.00001])) == 1
+    assert score_gap(expected, result_of([1, 2], [-1.0, -2.0])) == float("inf")
+
+
+def test_faults_name_the_worst_example():
+    good = Comparison("shoes", 1e-6, 1e-6, 1.0)
+    assert Parity("fp32", (good, good)).faults() == []
+    (fault,) = Parity("fp32", (good, replace(good, query="bag", logits=0.5))).faults()
+    assert fault == "fp32: logits differ by 0.5 on example 1 ('bag'), allowed 0.0001"
