@@ -41,19 +41,21 @@ class BestKeys {
   void push(Key key) {
     if (key <= floor_) return;
     keys_.push_back(key);
-    if (keys_.size() >= 2 * capacity_) cut();
+    if (keys_.size() >= kSlack * capacity_) cut();
   }
   // Lowest double whose float rounding can still reach the floor.
   double lowest_score() const {
     if (floor_ == 0) return -std::numeric_limits<double>::infinity();
     return std::nextafter(score_of(floor_), -std::numeric_limits<float>::infinity());
   }
-  std::vector<Key>& finish() {
+  const std::vector<Key>& finish() {
     if (keys_.size() > capacity_) cut();
     return keys_;
   }
 
  private:
+  static constexpr std::size_t kSlack = 4;  // newcomers collected before the next cut
+
   void cut() {
     const auto last = keys_.begin() + static_cast<std::ptrdiff_t>(capacity_ - 1);
     std::nth_element(keys_.begin(), last, keys_.end(), std::greater<>());
@@ -81,6 +83,7 @@ class BeamSearch {
                                   " and width " + std::to_string(options_.width));
     if (mask_ && &mask_->trie() != trie_.get()) throw std::invalid_argument("the mask belongs to another trie");
     if ((mask_ ? mask_->num_legal() : trie_->num_sids()) == 0) return;
+    prefixes_.resize(trie_->levels());
     beams_.push_back({0.0, 0, kSettled});
     if (!options_.legal || !is_chain(0, 0)) beams_[0].row = rows_++;
     parents_.assign(rows_, 0);
@@ -105,11 +108,13 @@ class BeamSearch {
   // Logits are [rows, row_size]. Throws std::invalid_argument naming the first value that is not finite.
   void advance(const float* logits) {
     measure_rows(logits);
+    fetch_children();
     best_.reset(level_ + 1 == trie_->levels() ? options_.top_n : options_.width);
     for (const std::uint32_t b : best_first()) scan(b, logits);
-    std::vector<Key>& keys = best_.finish();
-    std::sort(keys.begin(), keys.end(), [](Key a, Key b) { return edge_of(a) < edge_of(b); });
-    follow(keys, logits);
+    edges_.clear();
+    for (const Key key : best_.finish()) edges_.push_back(edge_of(key));
+    std::sort(edges_.begin(), edges_.end());
+    follow(logits);
   }
 
   // After the last level, best first: codes [n, levels], scores [n], leaves [n].
@@ -181,20 +186,29 @@ class BeamSearch {
                                 std::to_string(logits[code]) + ", expected a finite number");
   }
 
-  // Beams by descending score: the first ones raise the floor that spares the others most of the work.
+  // Children of every beam in one tight loop, so that the cache misses overlap.
+  void fetch_children() {
+    const Level& level = trie_->level(level_);
+    ranges_.resize(beams_.size());
+    for (std::size_t b = 0; b < beams_.size(); ++b) {
+      ranges_[b] = level.children(beams_[b].node);
+      __builtin_prefetch(level.codes + ranges_[b].begin);
+    }
+    softmax_.resize(beams_.size());
+  }
+
+  // All beams, the best eighth first: they raise the floor that spares the others most of the work.
   const std::vector<std::uint32_t>& best_first() {
     order_.resize(beams_.size());
     std::iota(order_.begin(), order_.end(), 0u);
-    std::sort(order_.begin(), order_.end(), [this](std::uint32_t a, std::uint32_t b) {
-      return beams_[a].score != beams_[b].score ? beams_[a].score > beams_[b].score : a < b;
-    });
-    softmax_.resize(beams_.size());
+    std::nth_element(order_.begin(), order_.begin() + static_cast<std::ptrdiff_t>(beams_.size() / 8), order_.end(),
+                     [this](std::uint32_t a, std::uint32_t b) { return beams_[a].score > beams_[b].score; });
     return order_;
   }
 
   void scan(std::uint32_t b, const float* logits) {
     const Beam& beam = beams_[b];
-    const EdgeRange range = trie_->level(level_).children(beam.node);
+    const EdgeRange range = ranges_[b];
     if (beam.row == kSettled) {
       softmax_[b] = {beam.score, 0.0f};
       return best_.push(make_key(beam.score, only_edge(level_, range)));
@@ -213,16 +227,16 @@ class BeamSearch {
   // Legal mode: the softmax runs over the legal children alone.
   void scan_legal(std::uint32_t b, EdgeRange range, const float* row) {
     const Level& level = trie_->level(level_);
-    edges_.clear();
+    legal_edges_.clear();
     values_.clear();
     for (Edge e = range.begin; e < range.end; ++e) {
       if (!is_legal(level_, e)) continue;
-      edges_.push_back(e);
+      legal_edges_.push_back(e);
       values_.push_back(row[level.codes[e]]);
     }
     const float max = kernels_.max_finite(values_.data(), values_.size());
     softmax_[b] = {beams_[b].score - std::log(kernels_.sum_exp(values_.data(), values_.size(), max)), max};
-    for (const std::uint32_t i : hits(b, values_.data(), values_.size())) push(b, edges_[i], values_[i]);
+    for (const std::uint32_t i : hits(b, values_.data(), values_.size())) push(b, legal_edges_[i], values_[i]);
   }
 
   // Most codes are children: scan the row as it lies and look up the few codes that pass.
@@ -261,25 +275,24 @@ class BeamSearch {
   void push(std::uint32_t b, Edge e, float logit) { best_.push(make_key(score(b, logit), e)); }
 
   // Make the chosen edges the new beams. Beams and edges are both in code order, so parents are found by a merge.
-  void follow(const std::vector<Key>& keys, const float* logits) {
+  void follow(const float* logits) {
     const Level& level = trie_->level(level_);
     const std::size_t depth = trie_->levels();
     next_beams_.clear();
-    next_prefixes_.resize(keys.size() * depth);
+    next_prefixes_.resize(edges_.size() * depth);
     parents_.clear();
-    std::uint32_t b = 0, rows = 0;
-    for (const Key key : keys) {
-      const Edge edge = edge_of(key);
-      while (edge >= level.children(beams_[b].node).end) ++b;
+    std::uint32_t b = 0;
+    for (const Edge edge : edges_) {
+      while (edge >= ranges_[b].end) ++b;
       const Beam& parent = beams_[b];
       const Code code = level.codes[edge];
-      Code* prefix_out = std::copy_n(level_ ? prefix(b) : nullptr, level_, next_prefixes_.data() + next_beams_.size() * depth);
-      *prefix_out = code;
+      Code* out = next_prefixes_.data() + next_beams_.size() * depth;
+      *std::copy_n(prefix(b), level_, out) = code;
       Beam child{parent.score, edge, kSettled};
       if (parent.row != kSettled) {
         child.score = score(b, logits[parent.row * row_size() + code]);
         if (level_ + 1 < depth && !(options_.legal && is_chain(level_ + 1, edge))) {
-          child.row = rows++;
+          child.row = static_cast<std::uint32_t>(parents_.size());
           parents_.push_back(parent.row);
         }
       }
@@ -287,7 +300,7 @@ class BeamSearch {
     }
     beams_.swap(next_beams_);
     prefixes_.swap(next_prefixes_);
-    rows_ = rows;
+    rows_ = static_cast<std::uint32_t>(parents_.size());
     kept_.push_back(beams_.size());
     ++level_;
   }
@@ -305,7 +318,9 @@ class BeamSearch {
   std::vector<std::size_t> kept_;
   // Scratch of one level.
   BestKeys best_;
-  std::vector<std::uint32_t> order_, hits_, edges_;
+  std::vector<std::uint32_t> order_, hits_;
+  std::vector<Edge> edges_, legal_edges_;
+  std::vector<EdgeRange> ranges_;
   std::vector<float> row_max_, values_;
   std::vector<Softmax> softmax_;
 };

@@ -118,38 +118,45 @@ SID_AVX2 inline float max_finite(const float* x, std::size_t n) {
   return result + tainted;
 }
 
-SID_AVX2 inline __m256 exp_terms(__m256 x) {
+// exp(x[i] - max) of 8 * W floats, added to double accumulators. W vectors go in lockstep, because one polynomial
+// alone waits for its own results.
+template <int W>
+SID_AVX2 inline void add_terms(const float* x, __m256 max, __m256d& low, __m256d& high) {
   using namespace expf_constants;
-  const __m256 round = _mm256_set1_ps(kRound);
-  x = _mm256_max_ps(x, _mm256_set1_ps(kFloor));
-  const __m256 shifted = _mm256_fmadd_ps(x, _mm256_set1_ps(kLog2e), round);
-  const __m256 k = _mm256_sub_ps(shifted, round);
-  __m256 r = _mm256_fnmadd_ps(k, _mm256_set1_ps(kLn2High), x);
-  r = _mm256_fnmadd_ps(k, _mm256_set1_ps(kLn2Low), r);
-  __m256 p = _mm256_set1_ps(kPoly[0]);
-  for (std::size_t j = 1; j < kPoly.size(); ++j) p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(kPoly[j]));
-  const __m256 one = _mm256_set1_ps(1.0f);
-  p = _mm256_fmadd_ps(_mm256_fmadd_ps(p, r, one), r, one);
-  const __m256i exponent = _mm256_slli_epi32(_mm256_castps_si256(shifted), 23);
-  return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), exponent));
-}
-
-SID_AVX2 inline void add_terms(__m256 x, __m256 max, __m256d& low, __m256d& high) {
-  const __m256 e = exp_terms(_mm256_sub_ps(x, max));
-  low = _mm256_add_pd(low, _mm256_cvtps_pd(_mm256_castps256_ps128(e)));
-  high = _mm256_add_pd(high, _mm256_cvtps_pd(_mm256_extractf128_ps(e, 1)));
+  const __m256 round = _mm256_set1_ps(kRound), one = _mm256_set1_ps(1.0f);
+  __m256 r[W], shifted[W], p[W];
+  for (int j = 0; j < W; ++j) {
+    r[j] = _mm256_max_ps(_mm256_sub_ps(_mm256_loadu_ps(x + 8 * j), max), _mm256_set1_ps(kFloor));
+    shifted[j] = _mm256_fmadd_ps(r[j], _mm256_set1_ps(kLog2e), round);
+  }
+  for (int j = 0; j < W; ++j) {
+    const __m256 k = _mm256_sub_ps(shifted[j], round);
+    r[j] = _mm256_fnmadd_ps(k, _mm256_set1_ps(kLn2High), r[j]);
+    r[j] = _mm256_fnmadd_ps(k, _mm256_set1_ps(kLn2Low), r[j]);
+    p[j] = _mm256_set1_ps(kPoly[0]);
+  }
+  for (std::size_t c = 1; c < kPoly.size(); ++c)
+    for (int j = 0; j < W; ++j) p[j] = _mm256_fmadd_ps(p[j], r[j], _mm256_set1_ps(kPoly[c]));
+  for (int j = 0; j < W; ++j) p[j] = _mm256_fmadd_ps(_mm256_fmadd_ps(p[j], r[j], one), r[j], one);
+  for (int j = 0; j < W; ++j) {
+    const __m256i exponent = _mm256_slli_epi32(_mm256_castps_si256(shifted[j]), 23);
+    const __m256 e = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p[j]), exponent));
+    low = _mm256_add_pd(low, _mm256_cvtps_pd(_mm256_castps256_ps128(e)));
+    high = _mm256_add_pd(high, _mm256_cvtps_pd(_mm256_extractf128_ps(e, 1)));
+  }
 }
 
 SID_AVX2 inline double sum_exp(const float* x, std::size_t n, float max) {
   const __m256 shift = _mm256_set1_ps(max);
   __m256d low = _mm256_setzero_pd(), high = _mm256_setzero_pd();
   std::size_t i = 0;
-  for (; i + 8 <= n; i += 8) add_terms(_mm256_loadu_ps(x + i), shift, low, high);
+  for (; i + 32 <= n; i += 32) add_terms<4>(x + i, shift, low, high);
+  for (; i + 8 <= n; i += 8) add_terms<1>(x + i, shift, low, high);
   if (i < n) {  // padding adds e^-86 per lane: nothing beside the maximum's 1
     alignas(32) std::array<float, 8> rest;
     rest.fill(-std::numeric_limits<float>::infinity());
     std::copy(x + i, x + n, rest.begin());
-    add_terms(_mm256_load_ps(rest.data()), shift, low, high);
+    add_terms<1>(rest.data(), shift, low, high);
   }
   alignas(32) std::array<double, 4> sum;
   _mm256_store_pd(sum.data(), _mm256_add_pd(low, high));

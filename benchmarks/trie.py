@@ -1,0 +1,277 @@
+"""The trie against the two ways people do this today, on the same catalog and the same logits.
+
+`python -m benchmarks.trie [--items N] [--json]`
+
+- *STATIC style*: a padded CSR index in PyTorch tensors, two threads, after the published kernel (arXiv 2602.22647):
+  gather as many slots per beam as the level's widest node has children, mask, one top-k. Its sparse kernel serves
+  every level (the dense V×V table is slower on a CPU and 180 MB larger).
+- *HF style*: `transformers.PrefixConstrainedLogitsProcessor` with a dictionary of prefixes, as generative
+  retrieval projects write it.
+
+Every search runs all five levels with the log-softmax of each level, 512 beams, and returns the best 50. Results
+must be equal before anything is timed. Times are medians in milliseconds, with [lowest, highest].
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from transformers import PrefixConstrainedLogitsProcessor
+
+from onesearch.decode import BeamConfig, beam_search
+from trie import SidTrie
+
+SIZES = (4096, 1024, 512, 256, 256)
+OFFSETS = (0, 4096, 5120, 5632, 5888)
+WIDTH, TOP_N = 512, 50
+
+Codes = npt.NDArray[np.uint16]
+Bank = list[npt.NDArray[np.float32]]
+Found = tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]
+"""SIDs [50, 5] and their scores [50]"""
+
+
+def catalog(items: int, seed: int = 0) -> Codes:
+    """Skewed codes: Zipf(0.8) on every level, codebook order shuffled."""
+    rng = np.random.default_rng(seed)
+    columns = []
+    for size in SIZES:
+        weight = 1 / np.arange(1, size + 1) ** 0.8
+        columns.append(rng.permutation(size)[rng.choice(size, items, p=weight / weight.sum())])
+    return np.stack(columns, axis=1).astype(np.uint16)
+
+
+def logits(seed: int = 1) -> Bank:
+    """Logits of each level for beam ranks 0 … 511. A beam's rank is its place in code order, known to all."""
+    rng = np.random.default_rng(seed)
+    rows = (1, *(WIDTH,) * (len(SIZES) - 1))
+    return [rng.normal(0, 2, (k, size)).astype(np.float32) for k, size in zip(rows, SIZES, strict=True)]
+
+
+@dataclass(frozen=True)
+class PaddedIndex:
+    """STATIC's layout: [token, next state] pairs, row pointers, the widest row of each level."""
+
+    pairs: npt.NDArray[np.int32]
+    indptr: npt.NDArray[np.int32]
+    widest: tuple[int, ...]
+
+
+def build_padded(codes: Codes) -> PaddedIndex:
+    """NumPy sort-and-diff builder: a prefix is new where the sorted rows first differ."""
+    rows = codes[np.lexsort(codes.T[::-1])]
+    differs = rows[1:] != rows[:-1]
+    first = np.full(len(rows), codes.shape[1], dtype=np.int8)
+    first[0] = 0
+    changed = differs.any(axis=1)
+    first[1:][changed] = differs[changed].argmax(axis=1)
+    state, states = np.zeros(len(rows), dtype=np.int32), 1
+    parents, tokens, children, ranges = [], [], [], [(0, 1)]
+    for level in range(codes.shape[1]):
+        new = first <= level
+        child = (np.cumsum(new) - 1 + states).astype(np.int32)
+        parents.append(state[new])
+        tokens.append(rows[new, level].astype(np.int32))
+        children.append(child[new])
+        ranges.append((states, states + int(new.sum())))
+        state, states = child, ranges[-1][1]
+    counts = np.bincount(np.concatenate(parents), minlength=states)
+    indptr = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+    widest = tuple(int(counts[a:b].max()) for a, b in ranges[:-1])
+    padding = np.zeros(max(SIZES), dtype=np.int32)
+    pairs = np.stack([np.concatenate([*tokens, padding]), np.concatenate([*children, padding])], axis=1)
+    return PaddedIndex(np.ascontiguousarray(pairs), indptr, widest)
+
+
+class StaticStyle:
+    """Beam search over a padded index with PyTorch tensors."""
+
+    def __init__(self, index: PaddedIndex, bank: Bank) -> None:
+        self.pairs, self.indptr = torch.from_numpy(index.pairs), torch.from_numpy(index.indptr)
+        self.widest, self.bank = index.widest, [torch.from_numpy(level) for level in bank]
+
+    @torch.inference_mode()
+    def __call__(self) -> Found:
+        states, scores = torch.zeros(1, dtype=torch.int64), torch.zeros(1)
+        codes = torch.empty((1, 0), dtype=torch.int64)
+        for level, limit in enumerate(self.widest):
+            logp = torch.log_softmax(self.bank[level][: len(states)], dim=-1)
+            start = self.indptr[states]
+            offset = torch.arange(limit)
+            slot = (start[:, None] + offset).clamp(max=len(self.pairs) - 1)
+            pair = self.pairs[slot]
+            token = pair[..., 0].long()
+            valid = offset < (self.indptr[states + 1] - start)[:, None]
+            legal = torch.where(valid, logp.gather(1, token.clamp(max=logp.shape[1] - 1)), -torch.inf)
+            flat = (scores[:, None] + legal).view(-1)
+            last = level + 1 == len(SIZES)
+            scores, chosen = torch.topk(flat, min(TOP_N if last else WIDTH, flat.numel()))
+            if not last:  # the other searches number their beams in code order, so this one must too
+                chosen, order = chosen.sort()
+                scores = scores[order]
+            states = pair[..., 1].reshape(-1)[chosen].long()
+            codes = torch.cat([codes[chosen // limit], token.view(-1)[chosen, None]], dim=1)
+        return codes.numpy(), scores.numpy()
+
+
+class HfStyle:
+    """Beam search steps as `generate` does them: log-softmax, prefix processor, one top-k over beams × vocabulary.
+
+    The vocabulary holds all levels; codes of other levels have logit -1e9, so the softmax is that of the level.
+    """
+
+    def __init__(self, codes: Codes, bank: Bank) -> None:
+        self.allowed = prefix_dictionary(codes)
+        self.vocab = sum(SIZES)
+        self.bank = []
+        for level, rows in enumerate(bank):
+            full = torch.full((len(rows), self.vocab), -1e9)
+            full[:, OFFSETS[level] : OFFSETS[level] + SIZES[level]] = torch.from_numpy(rows)
+            self.bank.append(full)
+
+    def allowed_tokens(self, batch_id: int, sent: torch.Tensor) -> list[int]:
+        return self.allowed[tuple(sent.tolist())]
+
+    @torch.inference_mode()
+    def __call__(self) -> Found:
+        ids, scores = torch.empty((1, 0), dtype=torch.int64), torch.zeros(1)
+        for level, full in enumerate(self.bank):
+            processor = PrefixConstrainedLogitsProcessor(self.allowed_tokens, num_beams=len(ids))
+            logp = processor(ids, torch.log_softmax(full[: len(ids)], dim=-1))
+            flat = (scores[:, None] + logp).view(-1)
+            last = level + 1 == len(SIZES)
+            scores, chosen = torch.topk(flat, TOP_N if last else WIDTH)
+            if not last:
+                chosen, order = chosen.sort()
+                scores = scores[order]
+            ids = torch.cat([ids[chosen // self.vocab], chosen[:, None] % self.vocab], dim=1)
+        return ids.numpy() - np.asarray(OFFSETS), scores.numpy()
+
+
+def prefix_dictionary(codes: Codes) -> dict[tuple[int, ...], list[int]]:
+    """Every prefix, as token ids, to the token ids that may follow it."""
+    rows = (np.unique(codes, axis=0).astype(np.int64) + np.asarray(OFFSETS)).tolist()
+    allowed: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    previous: list[int] = []
+    for row in rows:
+        for level in range(len(row)):
+            if row[: level + 1] != previous[: level + 1]:
+                allowed[tuple(row[:level])].append(row[level])
+        previous = row
+    return dict(allowed)
+
+
+def ours(trie: SidTrie, bank: Bank) -> Callable[[], Found]:
+    """Our search over the same bank."""
+    config = BeamConfig(width=WIDTH, top_n=TOP_N)
+
+    def step(codes: Codes, parents: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        return bank[codes.shape[1]][: len(codes)]
+
+    def search() -> Found:
+        result = beam_search(step, trie, config)
+        return result.codes.astype(np.int64), result.scores
+
+    return search
+
+
+def check_equal(found: Found, expected: Found, name: str) -> None:
+    """Same 50 SIDs and scores; SIDs may differ only where float32 cannot tell the scores apart."""
+    if not np.allclose(found[1], expected[1], atol=2e-5):
+        raise SystemExit(f"{name}: scores differ from ours; nothing was timed")
+    differ = (found[0] != expected[0]).any(axis=1)
+    gap = np.abs(np.diff(expected[1], prepend=np.inf, append=-np.inf))
+    if (differ & (np.minimum(gap[:-1], gap[1:]) > 2e-5)).any():
+        raise SystemExit(f"{name}: SIDs differ from ours; nothing was timed")
+
+
+def timed(call: Callable[[], object], repeats: int, warm_up: int = 2) -> list[float]:
+    """Milliseconds of each repeat."""
+    for _ in range(warm_up):
+        call()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - start) * 1e3)
+    return times
+
+
+def hardware() -> str:
+    """CPU model and visible cores."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    model = next(
+        (line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine()
+    )
+    return f"{model}, {os.cpu_count()} cores"
+
+
+def measure(items: int, with_hf: bool) -> dict[str, object]:
+    """All numbers at one catalog size."""
+    codes, bank = catalog(items), logits()
+    trie = SidTrie.build(codes, SIZES)
+    row: dict[str, object] = {"items": items, "sids": trie.num_sids, "hardware": hardware(), "torch_threads": 2}
+    median: dict[str, float] = {}
+
+    def record(name: str, times: list[float]) -> None:
+        median[name] = statistics.median(times)
+        row[name] = round(median[name], 3)
+        row[f"{name}_range"] = [round(min(times), 3), round(max(times), 3)]
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trie.bin"
+        trie.save(path)
+        row["file_mb"] = round(path.stat().st_size / 1e6, 3)
+        record("open_ms", timed(lambda: SidTrie.open(path), 21))
+        trie = SidTrie.open(path)
+        search = ours(trie, bank)
+        expected = search()
+        record("search_ms", timed(search, 101, warm_up=10))
+        eligible = np.random.default_rng(2).random(trie.num_sids) < 0.5
+        record("subset_ms", timed(lambda: trie.subset(eligible), 11))
+    record("build_ms", timed(lambda: SidTrie.build(codes, SIZES), 7))
+    record("static_build_ms", timed(lambda: build_padded(codes), 7, warm_up=1))
+    row["ratio_build"] = round(median["static_build_ms"] / median["build_ms"], 1)
+    baselines: dict[str, Callable[[], Found]] = {"static": StaticStyle(build_padded(codes), bank)}
+    if with_hf:
+        baselines["hf"] = HfStyle(codes, bank)
+    for name, baseline in baselines.items():
+        check_equal(baseline(), expected, name)
+        record(f"{name}_style_ms", timed(baseline, 7))
+        row[f"ratio_{name}"] = round(median[f"{name}_style_ms"] / median["search_ms"], 1)
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description="Time the trie against padded-CSR PyTorch and Hugging Face styles."
+    )
+    parser.add_argument("--items", type=int, action="append", help="catalog size; repeatable (default 1000000)")
+    parser.add_argument("--json", action="store_true", help="one JSON object per line and nothing else")
+    parser.add_argument(
+        "--skip-hf", action="store_true", help="leave out the Python baseline (it needs gigabytes)"
+    )
+    arguments = parser.parse_args()
+    torch.set_num_threads(2)
+    for items in arguments.items or [1_000_000]:
+        row = measure(items, with_hf=not arguments.skip_hf)
+        if arguments.json:
+            print(json.dumps(row), flush=True)
+        else:
+            print("\n".join(f"{name:>20}  {value}" for name, value in row.items()), flush=True)
+
+
+if __name__ == "__main__":
+    main()
