@@ -6,7 +6,7 @@ from typing import Annotated, Any, TypedDict, cast
 
 import orjson
 from fastapi import APIRouter, Path, Query, Request, Response
-from starlette.responses import FileResponse
+from starlette.responses import FileResponse, PlainTextResponse
 
 from service.deployment import Deployment
 from service.pipeline import BUCKET_HEADER, VARIANT_HEADER, Caller, Pipeline
@@ -14,9 +14,9 @@ from service.problems import MEDIA_TYPE
 from service.readiness import Readiness
 from service.schemas import (
     CatalogInfo,
+    CatalogItem,
     EventAnswer,
     EventRequest,
-    FoundItem,
     Problem,
     SearchAnswer,
     SearchParameters,
@@ -110,7 +110,7 @@ async def record(request: Request, body: EventRequest) -> Response:
     return Response(orjson.dumps(answer), status_code=202, media_type=_JSON)
 
 
-@router.get("/v1/items/{item_id}", tags=["catalog"], summary="Item", responses=_answers(FoundItem, 404, 422))
+@router.get("/v1/items/{item_id}", tags=["catalog"], summary="Item", responses=_answers(CatalogItem, 404, 422))
 async def item(request: Request, item_id: Annotated[int, Path(ge=0, le=2**63 - 1)]) -> Response:
     """One item of the catalog with its SID."""
     return Response(_pipeline(request).item(item_id), media_type=_JSON)
@@ -165,7 +165,7 @@ async def readyz(request: Request) -> Response:
     return Response(orjson.dumps(body), status_code=200 if readiness.ready else 503, media_type=_JSON)
 
 
-@router.get("/metrics", tags=["operations"], summary="Prometheus metrics")
+@router.get("/metrics", tags=["operations"], summary="Prometheus metrics", response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
     """Metrics in the Prometheus text format."""
     measured: Metrics = request.state.metrics

@@ -130,13 +130,11 @@ class EventRequest(_Body):
     query: Query | None = None
 
 
-class FoundItem(BaseModel):
-    """One result: its rank from 1, the log-probability of its SID, its SID, then the fields of the item."""
+class CatalogItem(BaseModel):
+    """One item with its SID."""
 
     model_config = ConfigDict(extra="allow")
 
-    rank: int
-    score: float
     sid: list[int]
     item_id: int
     title: str
@@ -146,6 +144,13 @@ class FoundItem(BaseModel):
     image_url: str | None
     in_stock: bool
     attributes: dict[str, object]
+
+
+class FoundItem(CatalogItem):
+    """One result: an item with its rank, from 1, and the log-probability of its SID."""
+
+    rank: int
+    score: float
 
 
 class SearchAnswer(BaseModel):
