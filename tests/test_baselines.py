@@ -57,7 +57,7 @@ def test_bm25_finds_items_better_than_chance():
 
 
 CATEGORIES = ["shoes", "shoes", "bags", "bags", "bags"]
-CLICKED = {"red": Counter({0: 1, 3: 1, 4: 1}), "trainers": Counter({1: 5})}
+CLICKED = {"red": Counter({0: 1, 3: 1, 4: 1}), "trainers": Counter({1: 5}), "blue": Counter()}
 
 
 def test_popularity_follows_the_category_clicked_most_for_the_query():
@@ -71,6 +71,7 @@ def test_popularity_follows_the_category_clicked_most_for_the_query():
 def test_popularity_falls_back_to_the_first_bm25_result_then_to_the_whole_catalog():
     ranked = CategoryPopularity(CATEGORIES, CLICKED, Bm25(TEXTS))
     assert ranked.top("running", 10).tolist() == [1, 0]
+    assert ranked.top("blue", 10).tolist() == [3, 4, 2]  # searched for in training, never with a click
     assert ranked.top("unheard of", 3).tolist() == [1, 0, 3]
 
 

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import orjson
+import polars as pl
 import pytest
 import typer
 from rich.console import Console
@@ -18,6 +19,7 @@ from training import evaluate
 from training.evaluate import records, show, with_queries
 from training.judgements import evaluate_judgements, read_judgements
 from training.logged import evaluate_logs
+from training.negation import read_negations
 from training.sessions import page_views
 from training.subject import Subject
 from training.tables import Tables, frame, write_tables
@@ -158,6 +160,26 @@ def test_logs_report_spread_validity_and_every_count(subject):
     assert report.facts["train_count_of_query"] == {"tail": "<= 0", "middle": "> 0, <= 1", "head": "> 1"}
     assert [measured(report, f"{name} queries", "HR@10").count for name in ("head", "middle", "tail")] == [1, 1, 1]
     assert report.facts["empty_slices"] == []
+
+
+def test_results_that_show_what_a_query_excludes_are_counted(subject, tmp_path):
+    (tmp_path / "truth").mkdir()
+    kinds, negated = ["negation", "dupe"], ['[{"axis":"description","value":"red bag in store"}]'] * 2
+    needs = pl.DataFrame({"need_id": [0, 1], "kind": kinds, "negated": negated})
+    needs.write_parquet(tmp_path / "truth" / "needs.parquet")
+    queries = pl.DataFrame({"query": ["Red", "bag"], "need_id": [0, 1]})
+    queries.write_parquet(tmp_path / "truth" / "queries.parquet")
+    negations = read_negations(tmp_path)
+    assert negations == {"red": (("description", "red bag in store"),)}
+    report = evaluate_logs(subject, views(*TRAIN, *TEST), "test", None, 0, negations)
+    shown = measured(report, "queries with a negation", "violations@10")
+    assert shown.count == 1
+    assert {name: found.value for name, found in shown.systems.items()} == {
+        "model": 0.5,
+        "bm25": 0.5,
+        "popularity": 0.5,
+    }
+    assert read_negations(tmp_path / "elsewhere") == {}
 
 
 def test_a_slice_without_page_views_is_named_and_not_measured(subject):

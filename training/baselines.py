@@ -77,7 +77,8 @@ class CategoryPopularity:
         self._by_query = {query: self._most_clicked(rows) for query, rows in clicked.items()}
         clicks = np.zeros(len(categories), dtype=np.int64)
         for rows in clicked.values():
-            clicks[list(rows)] += list(rows.values())
+            for row, count in rows.items():
+                clicks[row] += count
         self._all = top_rows(clicks, len(clicks))
         self._ranked: dict[str, list[int]] = {}
         for row in self._all.tolist():

@@ -27,6 +27,7 @@ from training.bootstrap import bootstrap
 from training.judgements import evaluate_judgements, read_judgements
 from training.logged import evaluate_logs
 from training.metrics import Estimate, Measured
+from training.negation import read_negations
 from training.sessions import page_views
 from training.subject import DEPTH, MODEL, Report, Subject
 from training.tables import Tables, load_tables
@@ -167,7 +168,7 @@ def _evaluate(
     subject = bundle_subject(bundle, open_decoder(bundle, threads), options)
     if rated is None:
         views = page_views(with_queries(tables, bundle))
-        report = evaluate_logs(subject, views, split, max_requests, seed)
+        report = evaluate_logs(subject, views, split, max_requests, seed, read_negations(data))
     else:
         report = evaluate_judgements(subject, rated, max_requests, seed)
     items, live = set(tables.items["item_id"]), set(bundle.catalog.item_ids.tolist())

@@ -31,6 +31,7 @@ from training.metrics import (
     reciprocal,
     sid_rank,
 )
+from training.negation import Exclusions, measure_violations
 from training.sessions import PageView
 from training.subject import BM25, MODEL, POPULARITY, Report, Subject, item_bodies, measure_validity, rank, sample
 
@@ -51,10 +52,16 @@ class Units:
 
 
 def evaluate_logs(
-    subject: Subject, views: Sequence[PageView], split: str, max_requests: int | None, seed: int
+    subject: Subject,
+    views: Sequence[PageView],
+    split: str,
+    max_requests: int | None,
+    seed: int,
+    negations: Mapping[str, Exclusions] | None = None,
 ) -> Report:
     """HR, MRR and valid-SID rate on the page views of a split that clicked something, with baselines.
 
+    negations: what queries exclude, where the truth of a simulation tells (`training.negation`).
     Raises DataError when there is no such page view. A clicked item that the catalog lacks counts as not found.
     """
     inside = [view for view in views if view.split == split]
@@ -72,6 +79,8 @@ def evaluate_logs(
     measured: list[Measured] = []
     for name, keep in slices.items():
         measured += compare(name, _values(ranks, units, keep, name in _DETAILED), MODEL, seed)
+    queries = [context.query for context in contexts]
+    measured += measure_violations(queries, ranked, subject.catalog, negations or {}, MODEL, seed)
     measured += _spread(ranked, subject.catalog.num_items) + measure_validity(subject, contexts, seed)
     facts |= {
         "split": split,
