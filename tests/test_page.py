@@ -9,11 +9,11 @@ from urllib.parse import urlsplit
 
 import pytest
 import uvicorn
+from playwright.sync_api import Browser, Page, ViewportSize, expect, sync_playwright
 from service_fakes import FIRST_ID, FakeRunner, fake_deployment, fake_engine, fake_settings
 
 from service.app import create_app, open_store
 
-api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 pytestmark = pytest.mark.browser
 
 QUIET = [
@@ -23,7 +23,7 @@ QUIET = [
     "--disable-component-update",
     "--no-first-run",
 ]
-PHONE = {"width": 360, "height": 740}
+PHONE: ViewportSize = {"width": 360, "height": 740}
 
 
 class Site:
@@ -52,18 +52,18 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
 
 
 @pytest.fixture(scope="module")
-def browser() -> "Iterator[api.Browser]":
+def browser() -> Iterator[Browser]:
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
         pytest.skip("no chromium on PATH")
-    with api.sync_playwright() as playwright:
+    with sync_playwright() as playwright:
         launched = playwright.chromium.launch(executable_path=chromium, args=QUIET)
         yield launched
         launched.close()
 
 
 @pytest.fixture
-def page(site: Site, browser: "api.Browser") -> "Iterator[api.Page]":
+def page(site: Site, browser: Browser) -> Iterator[Page]:
     """A fresh page; the test fails if it logs an error or asks any other host."""
     context = browser.new_context(base_url=site.address, locale="en-GB")
     opened = context.new_page()
@@ -75,115 +75,115 @@ def page(site: Site, browser: "api.Browser") -> "Iterator[api.Page]":
     )
     opened.on("request", lambda r: faults.append(r.url) if urlsplit(r.url).netloc not in site.address else None)
     opened.goto("/")
-    api.expect(opened.get_by_role("button", name="running shoes")).to_be_visible()
+    expect(opened.get_by_role("button", name="running shoes")).to_be_visible()
     yield opened
     context.close()
     assert faults == []
 
 
-def test_a_search_by_keyboard_alone_finds_and_chooses_items(site: Site, page: "api.Page") -> None:
+def test_a_search_by_keyboard_alone_finds_and_chooses_items(site: Site, page: Page) -> None:
     page.get_by_role("link", name="onesearch").focus()
     page.keyboard.press("/")
     page.keyboard.type("running shoes")
     page.keyboard.press("Enter")
     results = page.get_by_role("list", name="Results").get_by_role("listitem")
-    api.expect(results).to_have_count(3)
-    api.expect(results.first).to_contain_text("Trail running shoes")
-    api.expect(results.first).to_contain_text("Fleet")
-    api.expect(results.first).to_contain_text("79.00")
-    api.expect(results.first).to_contain_text("sport › shoes")
-    api.expect(page.get_by_role("status")).to_have_text(re.compile(r"3 results in \d+ ms"))
+    expect(results).to_have_count(3)
+    expect(results.first).to_contain_text("Trail running shoes")
+    expect(results.first).to_contain_text("Fleet")
+    expect(results.first).to_contain_text("79.00")
+    expect(results.first).to_contain_text("sport › shoes")
+    expect(page.get_by_role("status")).to_have_text(re.compile(r"3 results in \d+ ms"))
     page.keyboard.press("ArrowDown")
     page.keyboard.press("ArrowDown")
-    api.expect(results.nth(1).get_by_role("button")).to_be_focused()
+    expect(results.nth(1).get_by_role("button")).to_be_focused()
     page.keyboard.press("ArrowUp")
     page.keyboard.press("ArrowUp")
-    api.expect(page.get_by_role("searchbox")).to_be_focused()
+    expect(page.get_by_role("searchbox")).to_be_focused()
     assert site.runner.seen[-1][0].query == "running shoes"
 
 
-def test_sids_variant_and_timings_come_on_demand(page: "api.Page") -> None:
+def test_sids_variant_and_timings_come_on_demand(page: Page) -> None:
     page.get_by_role("button", name="wool socks").click()
     results = page.get_by_role("list", name="Results").get_by_role("listitem")
-    api.expect(results.first).to_contain_text("Wool socks")
-    api.expect(page.get_by_text("SID 2·0·2·1·0")).to_be_hidden()
+    expect(results.first).to_contain_text("Wool socks")
+    expect(page.get_by_text("SID 2·0·2·1·0")).to_be_hidden()
     page.get_by_text("How this answer was made").click()
-    api.expect(page.get_by_text("SID 2·0·2·1·0")).to_be_visible()
-    api.expect(page.locator("#facts")).to_contain_text(re.compile("Variant(control|keywords)"))
-    api.expect(page.locator("#stages")).to_contain_text("decode")
+    expect(page.get_by_text("SID 2·0·2·1·0")).to_be_visible()
+    expect(page.locator("#facts")).to_contain_text(re.compile("Variant(control|keywords)"))
+    expect(page.locator("#stages")).to_contain_text("decode")
 
 
-def test_titles_are_text_and_never_markup(page: "api.Page") -> None:
+def test_titles_are_text_and_never_markup(page: Page) -> None:
     page.get_by_role("searchbox").fill("boots")
     page.keyboard.press("Enter")
-    api.expect(page.get_by_text("Leather <b>boots</b>")).to_be_visible()
+    expect(page.get_by_text("Leather <b>boots</b>")).to_be_visible()
     assert page.locator("#results b").count() == 0
 
 
-def test_filters_and_variant_reach_the_service(site: Site, page: "api.Page") -> None:
+def test_filters_and_variant_reach_the_service(site: Site, page: Page) -> None:
     page.get_by_role("searchbox").fill("socks shoes")
     page.keyboard.press("Enter")
     results = page.get_by_role("list", name="Results").get_by_role("listitem")
-    api.expect(results).to_have_count(4)
+    expect(results).to_have_count(4)
     page.get_by_label("Category").select_option("socks")
-    api.expect(results).to_have_count(2)
+    expect(results).to_have_count(2)
     page.get_by_label("In stock only").check()
-    api.expect(results).to_have_count(1)
+    expect(results).to_have_count(1)
     page.get_by_label("Highest price").fill("5")
     page.keyboard.press("Tab")
-    api.expect(page.get_by_role("status")).to_contain_text("Nothing found")
+    expect(page.get_by_role("status")).to_contain_text("Nothing found")
     page.get_by_label("Variant").select_option("keywords")
-    api.expect(page.locator("#facts")).to_contain_text("Variantkeywords")
+    expect(page.locator("#facts")).to_contain_text("Variantkeywords")
     assert "category=socks" in page.url
     page.reload()
-    api.expect(page.get_by_label("Category")).to_have_value("socks")
-    api.expect(page.get_by_role("searchbox")).to_have_value("socks shoes")
+    expect(page.get_by_label("Category")).to_have_value("socks")
+    expect(page.get_by_role("searchbox")).to_have_value("socks shoes")
 
 
-def test_a_click_is_sent_and_enters_the_history_of_the_user(site: Site, page: "api.Page") -> None:
+def test_a_click_is_sent_and_enters_the_history_of_the_user(site: Site, page: Page) -> None:
     page.get_by_label("Personalise for user").fill("ann")
     page.get_by_role("searchbox").fill("road shoes")
     page.keyboard.press("Enter")
-    api.expect(page.get_by_role("status")).to_contain_text("this user is new")
+    expect(page.get_by_role("status")).to_contain_text("this user is new")
     with page.expect_response("**/v1/events") as sent:
         page.get_by_role("button", name="Road running shoes").click()
     assert sent.value.status == 202
     assert sent.value.request.post_data_json["item_id"] == FIRST_ID + 1
-    api.expect(page.get_by_role("status")).to_contain_text("remembered for ann")
+    expect(page.get_by_role("status")).to_contain_text("remembered for ann")
     page.get_by_role("searchbox").fill("socks")
     page.keyboard.press("Enter")
-    api.expect(page.get_by_role("listitem").first).to_contain_text("socks")
+    expect(page.get_by_role("listitem").first).to_contain_text("socks")
     assert site.runner.seen[-1][0].recent_items == (FIRST_ID + 1,)
     assert site.runner.seen[-1][0].recent_queries == ("road shoes",)
 
 
-def test_a_refused_search_and_a_broken_service_are_said_plainly(page: "api.Page") -> None:
+def test_a_refused_search_and_a_broken_service_are_said_plainly(page: Page) -> None:
     page.get_by_role("searchbox").fill("x" * 257)
     page.keyboard.press("Enter")
-    api.expect(page.get_by_role("status")).to_contain_text("query: String should have at most 256 characters")
+    expect(page.get_by_role("status")).to_contain_text("query: String should have at most 256 characters")
     page.route("**/v1/search", lambda route: route.fulfill(status=404, json={"status": 500, "instance": "r-9"}))
     page.get_by_role("searchbox").fill("shoes")
     page.keyboard.press("Enter")
-    api.expect(page.get_by_role("status")).to_contain_text("request r-9")
+    expect(page.get_by_role("status")).to_contain_text("request r-9")
     page.unroute("**/v1/search")
     page.keyboard.press("Enter")
-    api.expect(page.get_by_role("status")).to_contain_text("2 results")
+    expect(page.get_by_role("status")).to_contain_text("2 results")
 
 
-def test_a_phone_shows_everything_without_sideways_scrolling(page: "api.Page") -> None:
-    page.set_viewport_size(PHONE)  # type: ignore[arg-type]
+def test_a_phone_shows_everything_without_sideways_scrolling(page: Page) -> None:
+    page.set_viewport_size(PHONE)
     page.goto("/?q=leather+running+socks+shoes")
-    api.expect(page.get_by_role("listitem")).to_have_count(5)
+    expect(page.get_by_role("listitem")).to_have_count(5)
     page.get_by_text("How this answer was made").click()
     page.get_by_text("Filters", exact=True).click()
-    api.expect(page.get_by_label("Category")).to_be_visible()
+    expect(page.get_by_label("Category")).to_be_visible()
     width = page.evaluate("document.documentElement.scrollWidth")
     assert width <= PHONE["width"]
 
 
-def test_the_api_page_is_drawn_from_the_openapi_document(page: "api.Page") -> None:
+def test_the_api_page_is_drawn_from_the_openapi_document(page: Page) -> None:
     page.goto("/docs")
     page.get_by_text("POST/v1/search").click()
     entry = page.locator("details[open]")
-    api.expect(entry).to_contain_text("filters.price_max")
-    api.expect(entry).to_contain_text("running shoes")
+    expect(entry).to_contain_text("filters.price_max")
+    expect(entry).to_contain_text("running shoes")
