@@ -1,0 +1,144 @@
+// Standalone fuzz driver for sanitizer builds: hostile images for the file reader, random arrays for the builder,
+// random searches on both kernel sets. No Python, no dependencies; prints the seed of every thousandth round.
+//
+//   c++ -std=gnu++20 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all trie/csrc/fuzz.cpp -o fuzz
+//   ./fuzz [rounds] [first seed]
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+
+#include "beam.hpp"
+#include "build.hpp"
+
+namespace {
+
+using Random = std::mt19937;
+
+std::uint32_t below(Random& random, std::uint32_t n) { return static_cast<std::uint32_t>(random() % n); }
+
+void require(bool holds, const char* what) {
+  if (holds) return;
+  std::fprintf(stderr, "violated: %s\n", what);
+  std::abort();
+}
+
+std::vector<std::uint32_t> random_sizes(Random& random) {
+  constexpr std::array<std::uint32_t, 8> kSizes = {1, 2, 3, 7, 16, 33, 300, 65536};
+  std::vector<std::uint32_t> sizes(1 + below(random, sid::kMaxLevels));
+  for (auto& size : sizes) size = kSizes[below(random, kSizes.size())];
+  return sizes;
+}
+
+std::shared_ptr<const sid::Trie> random_trie(Random& random) {
+  const auto sizes = random_sizes(random);
+  std::vector<sid::Code> codes(sizes.size() * below(random, 300));
+  for (std::size_t i = 0; i < codes.size(); ++i)
+    codes[i] = static_cast<sid::Code>(below(random, std::min(sizes[i % sizes.size()], 1 + below(random, 400))));
+  return std::make_shared<const sid::Trie>(sid::build(codes, sizes));
+}
+
+// Codes and sizes that mostly break the rules: refused or built, never a crash.
+void fuzz_build(Random& random) {
+  std::vector<std::uint32_t> sizes(below(random, 10));
+  for (auto& size : sizes) size = below(random, 4) ? 1 + below(random, 9) : random();
+  std::vector<sid::Code> codes(sizes.size() * below(random, 20));
+  for (auto& code : codes) code = static_cast<sid::Code>(below(random, 8));
+  try {
+    const sid::Trie trie = sid::build(codes, sizes);
+    sid::Trie::open(trie.image(), nullptr);
+  } catch (const std::invalid_argument&) {
+  }
+}
+
+// A good image with some bytes changed and, half of the time, a right checksum: refused, or safe to walk.
+void fuzz_open(Random& random) {
+  const auto good = random_trie(random);
+  const auto image = good->image();
+  const std::size_t bytes = below(random, 8) ? image.size() : below(random, static_cast<std::uint32_t>(image.size()));
+  const auto copy = sid::allocate_image(std::max<std::size_t>(bytes, 1));
+  std::copy_n(image.begin(), bytes, copy.get());
+  for (std::uint32_t change = below(random, 4); change > 0 && bytes > 0; --change) {
+    const std::uint32_t limit = below(random, 2) ? 192 : static_cast<std::uint32_t>(bytes);
+    copy[below(random, std::min(limit, static_cast<std::uint32_t>(bytes)))] = static_cast<std::byte>(random());
+  }
+  if (bytes >= sizeof(sid::Header) && below(random, 2)) {
+    const std::uint64_t sum = sid::checksum(copy.get() + sid::kChecksummedFrom, bytes - sid::kChecksummedFrom);
+    std::memcpy(copy.get() + offsetof(sid::Header, checksum), &sum, sizeof sum);
+  }
+  try {
+    const sid::Trie trie = sid::Trie::open({copy.get(), bytes}, copy);
+    std::vector<sid::Code> sids(std::size_t{trie.num_sids()} * trie.levels());
+    trie.write_sids(sids.data());
+    for (std::uint32_t i = 0; i < trie.num_sids(); ++i) trie.node({sids.data() + i * trie.levels(), trie.levels()});
+  } catch (const std::invalid_argument&) {
+  }
+}
+
+void fuzz_search(Random& random) {
+  const auto trie = random_trie(random);
+  std::shared_ptr<const sid::EdgeMask> mask;
+  if (below(random, 2)) {
+    std::vector<std::uint8_t> legal(trie->num_sids());
+    for (auto& each : legal) each = static_cast<std::uint8_t>(below(random, 3) == 0);
+    mask = std::make_shared<const sid::EdgeMask>(trie, legal);
+  }
+  const std::uint32_t width = 1 + below(random, 40);
+  sid::BeamSearch beam(trie, mask, {width, 1 + below(random, width), below(random, 2) == 0});
+  std::vector<float> logits;
+  while (!beam.done()) {
+    logits.resize(beam.rows() * beam.row_size());
+    for (float& each : logits) each = static_cast<float>(below(random, 2000)) / 100.0f - 10.0f;
+    if (!logits.empty() && below(random, 40) == 0) logits[below(random, static_cast<std::uint32_t>(logits.size()))] = NAN;
+    try {
+      beam.advance(logits.data());
+    } catch (const std::invalid_argument&) {
+      return;
+    }
+  }
+  const std::size_t n = beam.num_beams();
+  std::vector<sid::Code> codes(n * trie->levels());
+  std::vector<float> scores(n);
+  std::vector<std::int64_t> leaves(n);
+  beam.write_results(codes.data(), scores.data(), leaves.data());
+  for (std::size_t i = 0; i < n; ++i) {
+    require(trie->node({codes.data() + i * trie->levels(), trie->levels()}) == leaves[i], "results are SIDs");
+    require(!mask || mask->test(trie->levels() - 1, static_cast<sid::Edge>(leaves[i])), "results are legal");
+    require(i == 0 || scores[i] <= scores[i - 1], "scores descend");
+  }
+}
+
+// The run-time choice of kernels must not be visible in the results.
+void fuzz_kernels(Random& random) {
+  std::vector<float> x(1 + below(random, 100));
+  for (float& each : x) each = static_cast<float>(below(random, 100000)) / 1000.0f - 80.0f;
+  const sid::Kernels& best = sid::best_kernels();
+  const float max = best.max_finite(x.data(), x.size());
+  require(max == sid::portable::max_finite(x.data(), x.size()), "maxima agree");
+  const double one = best.sum_exp(x.data(), x.size(), max), other = sid::portable::sum_exp(x.data(), x.size(), max);
+  double exact = 0;
+  for (const float each : x) exact += std::exp(static_cast<double>(each) - static_cast<double>(max));
+  require(std::abs(one - exact) <= 5e-7 * exact && std::abs(other - exact) <= 5e-7 * exact, "sums are accurate");
+  std::vector<std::uint32_t> hits(x.size()), expected(x.size());
+  hits.resize(best.at_least(x.data(), x.size(), -30.0f, hits.data()));
+  expected.resize(sid::portable::at_least(x.data(), x.size(), -30.0f, expected.data()));
+  require(hits == expected, "hits agree");
+  x[below(random, static_cast<std::uint32_t>(x.size()))] = below(random, 2) ? INFINITY : NAN;
+  require(std::isnan(best.max_finite(x.data(), x.size())), "infinities are seen");
+  require(std::isnan(sid::portable::max_finite(x.data(), x.size())), "infinities are seen portably");
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  const long rounds = count > 1 ? std::atol(arguments[1]) : 2000;
+  const long first = count > 2 ? std::atol(arguments[2]) : 0;
+  for (long seed = first; seed < first + rounds; ++seed) {
+    Random random(static_cast<std::uint32_t>(seed));
+    fuzz_build(random);
+    fuzz_open(random);
+    fuzz_search(random);
+    fuzz_kernels(random);
+    if (seed % 1000 == 999) std::printf("seed %ld\n", seed);
+  }
+  std::puts("no fault found");
+}
