@@ -49,17 +49,18 @@ def export_onnx(path: Path, precision: Precision, say: Callable[[str], None]) ->
         raise ExportError(f"bundle {path}", faults)
 
     say("[4/4] stamp")
-    stamp = _stamp(bundle, graphs, {row.precision: row.summary() for row in rows})
+    stamp = _stamp(bundle, graphs, to_onnx.OPSET, {row.precision: row.summary() for row in rows})
     (graphs / STAMP).write_bytes(orjson.dumps(stamp, option=orjson.OPT_INDENT_2))
     _install(graphs, path)
     return stamp
 
 
-def _stamp(bundle: Bundle, graphs: Path, parity: dict[Precision, dict[str, Any]]) -> dict[str, Any]:
+def _stamp(bundle: Bundle, graphs: Path, opset: int, parity: dict[Precision, dict[str, Any]]) -> dict[str, Any]:
     return {
         "digest": bundle.manifest.digest,
         "model_version": bundle.manifest.model_version,
         "files": {file.name: sha256(file) for file in sorted(graphs.iterdir())},
+        "opset": opset,
         "versions": {name: version(name) for name in ("onnx", "onnxruntime", "torch")},
         "parity": parity,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),

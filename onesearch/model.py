@@ -27,6 +27,7 @@ from onesearch.sequence import Prompt, Renderer
 from onesearch.sid import SidSpec, SidVocab
 
 _MASKED = -1e9
+_EMBEDDINGS = ("shared.weight", "embed_tokens.weight")
 _POSITION_OFFSET = 2  # BART keeps two unused rows before position 0
 
 
@@ -236,9 +237,6 @@ def from_pretrained(folder: Path, renderer: Renderer, dropout: float = 0.1) -> O
         {name: rows if name.endswith(_EMBEDDINGS) else value for name, value in bart.state_dict().items()}
     )
     return model
-
-
-_EMBEDDINGS = ("shared.weight", "embed_tokens.weight")
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:
