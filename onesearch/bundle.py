@@ -256,7 +256,7 @@ def _open_graphs(folder: Path, manifest: Manifest) -> tuple[Path | None, dict[st
 
 def _example(line: bytes) -> GoldenExample:
     raw = orjson.loads(line)
-    context = {k: tuple(v) if isinstance(v, list) else v for k, v in raw["context"].items()}
+    context: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw["context"].items()}
     try:
         return GoldenExample(
             context=SearchContext(**context),

@@ -85,12 +85,13 @@ class Filters:
 def write_catalog(folder: Path, items: Sequence[Item], sids: Codes, popularity: npt.NDArray[np.float32]) -> None:
     """Write items with SIDs uint16 [N, L] and popularity float32 [N] into an existing folder, in row order."""
     ids = np.asarray([item.item_id for item in items], dtype=np.int64)
-    order = np.lexsort((ids, -popularity, *(sids[:, t] for t in reversed(range(sids.shape[1])))))
+    keys: list[npt.NDArray[Any]] = [ids, -popularity, *sids.T[::-1]]  # lexsort reads the last key first
+    order = np.lexsort(keys)
     rows = [items[i] for i in order]
     bodies = [item.to_json() for item in rows]
     categories, category_ids = _codes([[*i.category, *[""] * CATEGORY_LEVELS][:CATEGORY_LEVELS] for i in rows])
     brands, brand_ids = _codes([[item.brand] for item in rows])
-    arrays = {
+    arrays: dict[str, npt.NDArray[Any]] = {
         "item_ids": ids[order],
         "item_sids": sids[order],
         "offsets": np.concatenate([[0], np.cumsum([len(b) for b in bodies], dtype=np.uint64)]).astype(np.uint64),
@@ -213,7 +214,7 @@ class Catalog:
             path = self._folder / (name if "." in name else f"{name}.npy")
             try:
                 if path.suffix == ".npy":
-                    arrays[name] = np.load(path, mmap_mode="r", allow_pickle=False)
+                    arrays[name] = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
                 elif path.stat().st_size == 0:
                     faults.append(f"{path.name}: is empty")
             except (OSError, ValueError, EOFError) as error:

@@ -11,6 +11,7 @@ Legend: S prompt tokens, L SID levels, E embedding dimension of the quantiser.
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from onesearch.sid import RQ_LEVELS, Codes, SidSpec, SidVocab
 from onesearch.text import normalise
 
 TEMPLATE_VERSION = 1
+_CACHED_TEXTS = 65_536  # queries and keywords repeat, in logs and in traffic
 
 # One task tag opens every prompt and one field tag opens every field. A field that is absent leaves no trace, so
 # a student prompt (without keywords) is a strict prefix of its teacher prompt (spec §4.3): keywords come last.
@@ -127,6 +129,7 @@ class Renderer:
         self.tokenizer = tokenizer
         self.config = config
         self.history_dim = history_dim
+        self._tokens = lru_cache(maxsize=_CACHED_TEXTS)(self._tokenise)
         self._control = {token: self._require(token) for token in CONTROL_TOKENS}
         self.sids = SidVocab(spec, self._require(spec.token_strings()[0]))
         self.pad, self.bos, self.eos = self._control[PAD], self._control[BOS], self._control[EOS]
@@ -207,7 +210,10 @@ class Renderer:
                 total -= len(parts.pop(position)) + (0 if parts else 1)
 
     def _text(self, text: str, limit: int) -> list[int]:
-        return list(self.tokenizer.encode(normalise(text), add_special_tokens=False).ids[:limit])
+        return list(self._tokens(text)[:limit])
+
+    def _tokenise(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer.encode(normalise(text), add_special_tokens=False).ids)
 
     def _require(self, token: str) -> int:
         token_id = self.tokenizer.token_to_id(token)

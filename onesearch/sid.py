@@ -7,6 +7,7 @@ positional: only `SidVocab` knows which token id belongs to which level.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 
 import numpy as np
@@ -64,7 +65,12 @@ class SidVocab:
     def token_ids(self, codes: npt.ArrayLike) -> npt.NDArray[np.int64]:
         """Codes [..., t] with t ≤ L → token ids [..., t], int64."""
         array = np.asarray(codes, dtype=np.int64)
-        return array + (self.first_id + np.asarray(self.spec.offsets[: array.shape[-1]], dtype=np.int64))
+        return array + self._first_ids[: array.shape[-1]]
+
+    @cached_property
+    def _first_ids(self) -> npt.NDArray[np.int64]:
+        """First token id of each level, int64 [L]."""
+        return self.first_id + np.asarray(self.spec.offsets[:-1], dtype=np.int64)
 
     def level_range(self, level: int) -> tuple[int, int]:
         """First token id of a level and one past its last."""
@@ -73,7 +79,7 @@ class SidVocab:
     def codes(self, ids: npt.ArrayLike) -> Codes:
         """Token ids [..., L] → codes [..., L], uint16. Raises ValueError for an id outside its level."""
         array = np.asarray(ids, dtype=np.int64)
-        codes = array - (self.first_id + np.asarray(self.spec.offsets[: array.shape[-1]], dtype=np.int64))
+        codes = array - self._first_ids[: array.shape[-1]]
         sizes = np.asarray(self.spec.sizes[: array.shape[-1]])
         bad = (codes < 0) | (codes >= sizes)
         if bad.any():

@@ -6,6 +6,7 @@ are kept together because a batch holds one task.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,8 @@ from onesearch.sequence import Fields, Prompt, Renderer
 from onesearch.sid import Codes
 from training.columns import UNKNOWN
 from training.sessions import PageView
+
+T = TypeVar("T")
 
 MAX_POSITIVES = 5
 ORDER_WEIGHT = 2.0
@@ -52,9 +55,7 @@ def search(sources: Sources) -> Iterable[Sample]:
     A `keyword_share` of the page views also shows its keywords (spec §4.4 `kw_mix`).
     """
     rng = np.random.default_rng([sources.seed, 3])
-    for view in sources.views:
-        if not view.clicked:
-            continue
+    for view in _shuffled(sources, [view for view in sources.views if view.clicked]):
         fields = sources.encoder.fields(view.context, sources.query_sids[view.context.query])
         if rng.random() < sources.keyword_share:
             fields = replace(fields, keywords=sources.keywords.match(view.context.query))
@@ -67,38 +68,38 @@ def search(sources: Sources) -> Iterable[Sample]:
 
 def query_to_sid(sources: Sources) -> Iterable[Sample]:
     """Stage 1: query text → its SID."""
-    for query, sid in sources.query_sids.items():
+    for query, sid in _shuffled(sources, list(sources.query_sids.items())):
         yield _sample(sources, "query_to_sid", Fields(query=query), sid)
 
 
 def sid_to_query(sources: Sources) -> Iterable[Sample]:
     """Stage 1: SID → one of its queries."""
-    for query, sid in sources.query_sids.items():
+    for query, sid in _shuffled(sources, list(sources.query_sids.items())):
         yield _sample(sources, "sid_to_query", Fields(query_sid=sid), query)
 
 
 def title_to_sid(sources: Sources) -> Iterable[Sample]:
     """Stage 1: item title → its SID."""
-    for item, title in sources.items.select("item_id", "item_title").iter_rows():
+    for item, title in _shuffled(sources, list(_titles(sources).items())):
         yield _sample(sources, "title_to_sid", Fields(title=title), sources.item_sids[item])
 
 
 def sid_to_title(sources: Sources) -> Iterable[Sample]:
     """Stage 1: SID → title."""
-    for item, title in sources.items.select("item_id", "item_title").iter_rows():
+    for item, title in _shuffled(sources, list(_titles(sources).items())):
         yield _sample(sources, "sid_to_title", Fields(item_sid=sources.item_sids[item]), title)
 
 
 def title_to_category(sources: Sources) -> Iterable[Sample]:
     """Stage 1: item title → category path."""
     titles = _titles(sources)
-    for item, path in _categories(sources.items).items():
+    for item, path in _shuffled(sources, list(_categories(sources.items).items())):
         yield _sample(sources, "title_to_category", Fields(title=titles[item]), path)
 
 
 def sid_to_category(sources: Sources) -> Iterable[Sample]:
     """Stage 1: SID → category path."""
-    for item, path in _categories(sources.items).items():
+    for item, path in _shuffled(sources, list(_categories(sources.items).items())):
         yield _sample(sources, "sid_to_category", Fields(item_sid=sources.item_sids[item]), path)
 
 
@@ -152,9 +153,14 @@ def _sample(sources: Sources, task: str, fields: Fields, target: Codes | str) ->
 
 
 def _pairs(sources: Sources) -> Iterable[tuple[str, int]]:
-    """Distinct (query, clicked item) pairs in order of first appearance."""
+    """Distinct (query, clicked item) pairs."""
     pairs = ((view.context.query, item) for view in sources.views for item in view.clicked)
-    return [pair for pair in dict.fromkeys(pairs) if pair[1] in sources.item_sids]
+    return _shuffled(sources, [pair for pair in dict.fromkeys(pairs) if pair[1] in sources.item_sids])
+
+
+def _shuffled(sources: Sources, rows: Sequence[T]) -> list[T]:
+    """Rows in random order, so that the first few are a fair draw: a short run renders no more than it needs."""
+    return [rows[i] for i in np.random.default_rng([sources.seed, 4]).permutation(len(rows))]
 
 
 def _titles(sources: Sources) -> dict[int, str]:

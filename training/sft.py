@@ -1,7 +1,9 @@
 """Supervised fine-tuning, stages 1–3 (spec §4.1–4.3): samples of a recipe's tasks through the one training loop."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -13,7 +15,7 @@ from training.batches import Batch, PlannedStep, collate, plan
 from training.loop import LoopConfig, run
 from training.losses import sid_cross_entropy, text_cross_entropy
 from training.progress import track
-from training.recipe import Recipe
+from training.recipe import Recipe, StageConfig
 from training.samples import MAKERS, Sample, Sources
 
 TEXT_TASKS = {
@@ -43,6 +45,13 @@ def train(recipe: Recipe, sources: Sources, folder: Path) -> tuple[OneSearchMode
         config,
     )
     return model, losses
+
+
+def _render(task: str, sources: Sources, stages: Sequence[StageConfig]) -> list[Sample]:
+    """Samples of a task, no more than the stages can be expected to use."""
+    shares = (stage.mixture.get(task, 0.0) / sum(stage.mixture.values()) for stage in stages)
+    uses = sum(share * stage.steps * stage.batch for share, stage in zip(shares, stages, strict=True))
+    return list(track(islice(MAKERS[task](sources), math.ceil(uses)), f"render {task}"))
 
 
 def batch_loss(model: OneSearchModel, renderer: Renderer, batch: Batch) -> Tensor:
