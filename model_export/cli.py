@@ -27,7 +27,7 @@ def export_onnx(path: Path, precision: Precision, say: Callable[[str], None]) ->
     from onesearch.model import TorchDecoder, open_model
 
     say("[1/4] open the bundle")
-    bundle, model = open_bundle(path), open_model(path)
+    bundle, model = open_bundle(path, graphs=False), open_model(path)
     if not bundle.examples:
         raise ExportError(f"bundle {path}", ["examples.jsonl: is empty, nothing to prove parity with"])
     graphs = _beside(path, "partial")

@@ -10,7 +10,7 @@ import numpy as np
 from onesearch.bundle import Bundle
 from onesearch.decode import BeamConfig, BeamResult, StepFn, beam_search
 from onesearch.runtime import Decoder, Ids, Logits, Precision
-from onesearch.search import Searcher
+from onesearch.search import Searcher, score_gap
 from onesearch.sequence import Prompt
 from onesearch.sid import Codes
 
@@ -105,20 +105,6 @@ class _Twin:
         gap = float(np.abs(expected - found).max() / np.abs(expected).max())
         self.worst = max(self.worst, gap if np.isfinite(gap) else inf)
         return expected
-
-
-def score_gap(expected: BeamResult, found: BeamResult) -> float:
-    """Largest score difference by rank and by SID; a SID found by one alone counts by its distance to the last.
-
-    So two SIDs may trade places, or one drop out at the end, only when their scores are as close as the limit.
-    """
-    if len(expected.scores) != len(found.scores):
-        return inf
-    scores = dict(zip(map(tuple, found.codes.tolist()), found.scores.tolist(), strict=True))
-    last = float(expected.scores[-1])
-    pairs = zip(expected.codes.tolist(), expected.scores.tolist(), strict=True)
-    by_sid: list[float] = [abs(score - scores.get(tuple(code), last)) for code, score in pairs]
-    return max(float(np.abs(expected.scores - found.scores).max()), *by_sid)
 
 
 def _overlap(expected: BeamResult, found: BeamResult) -> float:

@@ -108,8 +108,8 @@ def seal(
     return manifest
 
 
-def open_bundle(path: Path | str) -> Bundle:
-    """Verify and open a bundle. Raises BundleError listing every fault found."""
+def open_bundle(path: Path | str, graphs: bool = True) -> Bundle:
+    """Verify and open a bundle, without its graphs if graphs is False. Raises BundleError listing every fault found."""
     folder = Path(path)
     manifest = _read_manifest(folder)
     faults = _file_faults(folder, manifest.files, ignore=GRAPHS)
@@ -122,8 +122,8 @@ def open_bundle(path: Path | str) -> Bundle:
         )
         raise BundleError(f"bundle {folder}", [f"{fault} another version of the prompt or identifier code"])
     examples = tuple(_example(line) for line in (folder / "examples.jsonl").read_bytes().splitlines())
-    graphs, stamp = _open_graphs(folder, manifest)
-    return open_parts(folder, manifest, examples, graphs, stamp)
+    exported, stamp = _open_graphs(folder, manifest) if graphs else (None, {})
+    return open_parts(folder, manifest, examples, exported, stamp)
 
 
 def open_parts(
@@ -244,11 +244,11 @@ def _open_graphs(folder: Path, manifest: Manifest) -> tuple[Path | None, dict[st
     try:
         stamp: dict[str, Any] = orjson.loads((graphs / STAMP).read_bytes())
         faults = _file_faults(graphs, stamp["files"])
-        digest = stamp["digest"]
+        made_from = (stamp["digest"], stamp["model_version"])
     except (OSError, orjson.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise BundleError(f"graphs {graphs}", [f"{STAMP}: is missing or not a stamp ({error!r})"]) from error
-    if digest != manifest.digest:
-        faults.append(f"{STAMP}: was exported from contract {digest[:12]}, the bundle is {manifest.digest[:12]}")
+    if made_from != (manifest.digest, manifest.model_version):
+        faults.append(f"{STAMP}: was exported from {made_from}, not from model {manifest.model_version}")
     if faults:
         raise BundleError(f"graphs {graphs}", faults)
     return graphs, stamp

@@ -109,3 +109,14 @@ def test_a_bundle_is_never_overwritten_and_every_missing_part_is_named(copy: Pat
     with pytest.raises(BundleError) as caught:
         seal(copy, target, recipe={}, metrics={}, created="now")
     assert len(caught.value.faults) == 3
+
+
+def test_graphs_of_another_model_are_refused_but_can_be_replaced(copy: Path) -> None:
+    manifest = orjson.loads((copy / "manifest.json").read_bytes())
+    graphs = copy / "graphs"
+    graphs.mkdir()
+    stamp = {"digest": manifest["digest"], "model_version": "another", "files": {}}
+    (graphs / "stamp.json").write_bytes(orjson.dumps(stamp))
+    with pytest.raises(BundleError, match="not from model"):
+        open_bundle(copy)
+    assert open_bundle(copy, graphs=False).graphs is None

@@ -8,12 +8,12 @@ from typer.testing import CliRunner
 
 from model_export import cli, parity, to_onnx
 from model_export.cli import export_onnx
-from model_export.parity import Comparison, Parity, score_gap
+from model_export.parity import Comparison, Parity
 from onesearch.bundle import open_bundle
 from onesearch.decode import BeamResult
 from onesearch.errors import BundleError, ExportError
 from onesearch.runtime import OnnxDecoder
-from onesearch.search import Searcher, replay
+from onesearch.search import Searcher, replay, score_gap
 
 
 @pytest.fixture
