@@ -6,7 +6,6 @@ a row that cannot be converted is an error, and the summary counts what was empt
 """
 
 import csv
-import os
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +16,8 @@ import orjson
 import polars as pl
 import typer
 
-from onesearch.errors import DataError
+from onesearch.arrays import write_atomically
+from onesearch.errors import DataError, OneSearchError
 from training.columns import UNKNOWN
 from training.tables import Tables, frame, write_tables
 
@@ -63,6 +63,8 @@ def read_items(source: str | Path) -> pl.DataFrame:
 def read_judgements(source: str | Path) -> list[Judgement]:
     """The rated query set, in file order. Raises DataError listing rows that are not (text, integer id, 0–3)."""
     path = Path(source) / RATINGS
+    if not path.is_file():
+        raise DataError(str(source), [f"no {RATINGS}"])
     judgements: list[Judgement] = []
     faults: list[str] = []
     with path.open(newline="", encoding="utf-8") as file:
@@ -81,9 +83,7 @@ def read_judgements(source: str | Path) -> list[Judgement]:
 
 def write_judgements(judgements: Sequence[Judgement], path: Path) -> None:
     """JSON lines, one judgement each."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(b"".join(orjson.dumps(j, option=orjson.OPT_APPEND_NEWLINE) for j in judgements))
-    temporary.replace(path)
+    write_atomically(path, b"".join(orjson.dumps(j, option=orjson.OPT_APPEND_NEWLINE) for j in judgements))
 
 
 def load_judgements(path: str | Path) -> list[Judgement]:
@@ -122,8 +122,12 @@ def _command(source_dir: Path, out_dir: Path, format: str = "jsonl") -> None:
     """Convert the Icecat catalog and ratings in SOURCE_DIR to tables in OUT_DIR."""
     if format not in ("jsonl", "parquet"):
         raise typer.BadParameter(f"{format!r}, expected jsonl or parquet", param_hint="--format")
-    items, judgements = read_items(source_dir), read_judgements(source_dir)
-    write_tables(Tables(items), out_dir, "jsonl" if format == "jsonl" else "parquet")
+    try:
+        items, judgements = read_items(source_dir), read_judgements(source_dir)
+        write_tables(Tables(items), out_dir, "jsonl" if format == "jsonl" else "parquet")
+    except OneSearchError as error:
+        typer.echo(f"icecat: {error}", err=True)
+        raise typer.Exit(2) from error
     write_judgements(judgements, out_dir / "judgements.jsonl")
     typer.echo(summary(items, judgements))
 

@@ -21,6 +21,7 @@ import orjson
 import polars as pl
 import typer
 
+from onesearch.errors import DataError, OneSearchError
 from onesearch.text import normalise
 from training.columns import UNKNOWN
 from training.progress import track
@@ -31,7 +32,7 @@ KINDS = ("type", "brand", "attribute", "model", "title")
 SHARES = (0.40, 0.16, 0.18, 0.10, 0.16)
 TYPO_SHARE, PLURAL_SHARE = 0.04, 0.12
 SPLITS = (("test", 0.05), ("valid", 0.10))  # upper bounds of a query's place in 0..1; the rest is train
-MIN_PHRASE_ITEMS, MIN_PHRASE_BRANDS, MAX_PHRASE_SHARE = 4, 2, 0.2
+MIN_PHRASE_ITEMS, MIN_PHRASE_BRANDS, MAX_PHRASE_SHARE = 4, 2, 0.5
 NOUN_FOLLOWS = 20  # more than the plain words of a title
 DESCRIPTION = "description"
 STOP_WORDS = frozenset(
@@ -281,11 +282,15 @@ def _command(
     rows: Annotated[int | None, typer.Option(min=1, help="Pseudo-sessions; default two per item.")] = None,
 ) -> None:
     """Give a catalog without logs a recall table of pseudo-queries."""
-    tables = load_tables(directory)
-    if tables.recall is not None:
-        raise typer.BadParameter(f"{directory} already has a recall table", param_hint="DIRECTORY")
-    recall = bootstrap(tables.items, seed, rows)
-    write_tables(replace(tables, recall=recall), directory, table_format(directory))
+    try:
+        tables = load_tables(directory)
+        if tables.recall is not None:
+            raise DataError(str(directory), ["has a recall table already; remove it first"])
+        recall = bootstrap(tables.items, seed, rows)
+        write_tables(replace(tables, recall=recall), directory, table_format(directory))
+    except OneSearchError as error:
+        typer.echo(f"bootstrap: {error}", err=True)
+        raise typer.Exit(2) from error
     counts = ", ".join(f"{n} {split}" for split, n in recall["split"].value_counts(sort=True).iter_rows())
     typer.echo(f"{len(recall)} pseudo-sessions ({counts}), {recall['query'].n_unique()} distinct queries")
 

@@ -14,11 +14,12 @@ import orjson
 import polars as pl
 import typer
 
-from onesearch.errors import ConfigError
+from onesearch.arrays import write_atomically
+from onesearch.errors import ConfigError, OneSearchError
 from training.marketplace_log import Ceilings, Log, ceilings, simulate_log
 from training.marketplace_needs import SHARES, Need, build_needs
 from training.marketplace_tables import build_tables, truth_frames
-from training.marketplace_words import load_words
+from training.marketplace_words import load_words, shrink
 from training.marketplace_world import World, build_world
 from training.progress import Meter
 from training.tables import Format, Tables, write_tables
@@ -56,7 +57,7 @@ def simulate(
         if value < least:
             raise ConfigError(f"{name}: {value}, expected at least {least}")
     rng = np.random.default_rng(seed)
-    world = build_world(load_words(), items, users, rng)
+    world = build_world(shrink(load_words(), items, rng), items, users, rng)
     needs, weights = build_needs(world, rng)
     log = simulate_log(world, needs, weights, sessions, rng, advance)
     return Marketplace(world, needs, log, build_tables(world, needs, log, rng))
@@ -70,9 +71,8 @@ def write_truth(market: Marketplace, directory: Path) -> None:
         temporary = directory / f".{name}.tmp"
         frame.write_parquet(temporary)
         temporary.replace(directory / f"{name}.parquet")
-    temporary = directory / ".ceilings.tmp"
-    temporary.write_bytes(orjson.dumps(asdict(market.ceilings()), option=orjson.OPT_INDENT_2))
-    temporary.replace(directory / "ceilings.json")
+    ceiling = orjson.dumps(asdict(market.ceilings()), option=orjson.OPT_INDENT_2)
+    write_atomically(directory / "ceilings.json", ceiling)
 
 
 def summary(market: Marketplace) -> str:
@@ -104,7 +104,11 @@ def _command(
     chosen: Format = "jsonl" if format == "jsonl" else "parquet"
     with Meter("sessions", sessions) as meter:
         market = simulate(items, users, sessions, seed, meter.advance)
-    write_tables(market.tables, out_dir, chosen)
+    try:
+        write_tables(market.tables, out_dir, chosen)
+    except OneSearchError as error:
+        typer.echo(f"onesearch-simulate: {error}", err=True)
+        raise typer.Exit(2) from error
     write_truth(market, out_dir / "truth")
     typer.echo(summary(market))
 

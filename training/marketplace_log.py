@@ -15,7 +15,7 @@ from training.marketplace_world import DAY, DAYS, START, TEST_SHARE, VALID_SHARE
 
 SHOWN, ELIGIBLE_SHOWN, MAX_CLICKS = 20, 16, 5
 SHOW_NOISE = 2.0  # Gumbel scale: what the shop shows is only roughly what the user would like best
-CLICK_NOISE = 1.2
+CLICK_NOISE = 1.4
 OFF_INTENT_PENALTY = 3.0
 
 

@@ -13,7 +13,9 @@ from training.marketplace_words import Words
 from training.marketplace_world import AXES, Bools, Floats, Ints, World, zipf
 
 SHARES = {"scene": 0.40, "question": 0.10, "negation": 0.10, "dupe": 0.08, "category": 0.16, "attribute": 0.16}
-POOLS = {"negation": 400, "dupe": 500, "attribute": 2500}
+MIN_ELIGIBLE = 10
+POOLS = {"negation": 400, "dupe": 500, "attribute": 2500}  # drafts per POOL_ITEMS items
+POOL_ITEMS = 20_000
 SKEW = {"scene": 0.8, "question": 0.6, "negation": 0.6, "dupe": 0.6, "category": 0.8, "attribute": 0.7}
 TYPO_SHARE = 0.04
 ATTRIBUTE_AXES = ("feature", "material", "style", "colour", "audience", "season")
@@ -54,8 +56,7 @@ class _Draft:
 
 
 def build_needs(world: World, rng: np.random.Generator) -> tuple[list[Need], Floats]:
-    """All needs that at least one item can meet, and the probability of each in the log. Texts are distinct."""
-    least = max(1, len(world.items.type) // 2000)
+    """All needs that MIN_ELIGIBLE items can meet, and the probability of each in the log. Texts are distinct."""
     needs: list[Need] = []
     weights: list[float] = []
     said: set[str] = set()
@@ -64,7 +65,7 @@ def build_needs(world: World, rng: np.random.Generator) -> tuple[list[Need], Flo
         for draft in drafts:
             texts = tuple(text for text in dict.fromkeys(draft.texts) if text not in said)
             found = eligible(world, draft.wants, draft.negated)
-            if texts and len(found) >= least:
+            if texts and len(found) >= MIN_ELIGIBLE:
                 need = _finish(draft, texts, found, said, rng)
                 pool.append(need)
                 said.update(need.texts)
@@ -181,11 +182,15 @@ def _broad(words: Words) -> Iterator[_Draft]:
             yield _Draft("category", (noun,), tuple(Want(code) for code in codes))
 
 
+def _pool(kind: str, world: World) -> int:
+    return 10 + POOLS[kind] * len(world.items.type) // POOL_ITEMS
+
+
 def _negations(
     world: World, scenes: list[tuple[tuple[str, ...], tuple[Want, ...]]], rng: np.random.Generator
 ) -> Iterator[_Draft]:
     """A scene minus a colour, material or style that 5 to 60 % of its items show."""
-    for _ in range(POOLS["negation"]):
+    for _ in range(_pool("negation", world)):
         phrases, wants = scenes[int(rng.integers(len(scenes)))]
         items = eligible(world, wants, ())
         if not len(items):
@@ -202,10 +207,10 @@ def _dupes(world: World, rng: np.random.Generator) -> Iterator[_Draft]:
     """Same type and the brand's signature style, from another brand of a lower price tier."""
     brands, types = world.brands, world.words.types
     dear = np.flatnonzero(brands.tier > 0)
-    for _ in range(POOLS["dupe"]):
-        brand = int(rng.choice(dear))
+    for _ in range(_pool("dupe", world)):
+        code = int(rng.integers(len(types)))
+        brand = int(rng.choice(dear[brands.department[dear] == types[code].department]))
         tier = int(brands.tier[brand])
-        code = int(rng.choice(np.flatnonzero(world.type_department == brands.department[brand])))
         texts = tuple(form.format(brands.names[brand], types[code].name) for form in DUPES)
         wants = (Want(code, (("style", int(brands.style[brand])),)),)
         dearer = tuple(("tier", higher) for higher in range(tier, int(brands.tier.max()) + 1))
@@ -214,7 +219,7 @@ def _dupes(world: World, rng: np.random.Generator) -> Iterator[_Draft]:
 
 def _attributes(world: World, rng: np.random.Generator) -> Iterator[_Draft]:
     """One or two values of a random item with its product type, or its brand with its product type."""
-    for _ in range(POOLS["attribute"]):
+    for _ in range(_pool("attribute", world)):
         item = int(rng.integers(len(world.items.type)))
         kind = world.words.types[code := int(world.items.type[item])]
         if rng.random() < 0.12:

@@ -1,10 +1,12 @@
 """The vocabulary of the simulated marketplace, read from `marketplace.toml`."""
 
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 WORDS = Path(__file__).with_name("marketplace.toml")
 
@@ -76,6 +78,18 @@ def load_words() -> Words:
     )
     cities = tuple((country, city) for country, names in raw["cities"].items() for city in _split(names))
     return Words(departments, tuple(categories), tuple(types), scenes, cities, lists)
+
+
+def shrink(words: Words, items: int, rng: np.random.Generator) -> Words:
+    """Keep as many scenes and product types as `items` can fill (about 60 items a type), so that a small marketplace
+    is a part of the large one and not a thin copy of it. From 20,000 items on everything is kept."""
+    scenes = rng.permutation(len(words.scenes))[: max(6, items // 290)]
+    kept = tuple(words.scenes[i] for i in sorted(scenes))
+    wanted = {name for scene in kept for name, _ in scene.wants}
+    others = [kind.name for kind in words.types if kind.name not in wanted]
+    room = max(0, items // 60 - len(wanted))
+    wanted |= {others[i] for i in rng.permutation(len(others))[:room]}
+    return replace(words, scenes=kept, types=tuple(kind for kind in words.types if kind.name in wanted))
 
 
 def _types(
