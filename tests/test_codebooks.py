@@ -1,5 +1,6 @@
 """Fitting codebooks: determinism, the capacity bound, duplicates, OPQ, small catalogs; and SID metrics by hand."""
 
+import tracemalloc
 from dataclasses import replace
 
 import faiss
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 from onesearch.errors import ConfigError
-from onesearch.quantizer import Codebooks, NearestCentroid, capacity_limit
+from onesearch.quantizer import Capacity, Codebooks, NearestCentroid, capacity_limit
 from training.codebooks import CodebookConfig, balanced_codes, fit_codebooks, fit_opq
 from training.sid_metrics import prefix_agreement, sid_report
 
@@ -91,6 +92,20 @@ def test_the_member_with_most_to_lose_keeps_its_nearest_code() -> None:
     rows = np.array([[0.4, 0], [0.0, 0], [0.3, 0], [0.4, 0]], np.float32)
     codes = balanced_codes(rows, np.array([0, 0, 1, 0]), centroids, slack=0.0)
     assert codes.tolist() == [1, 0, 0, 1]
+
+
+def test_production_sizes_never_make_a_table_of_all_prefixes() -> None:
+    sizes, rng = (4096, 1024, 512), np.random.default_rng(0)
+    parents = rng.integers(0, sizes[0] * sizes[1], 2000) // 4096 * 4096
+    tracemalloc.start()
+    codes = balanced_codes(clustered(2000, 1), parents, clustered(512, 2), slack=0.1)
+    table = np.stack([parents // sizes[1], parents % sizes[1], codes, codes, codes], axis=1).astype(np.uint16)
+    capacity = Capacity.of(table, sizes)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert codes.max() < sizes[2]  # local codes, not global numbers of (a, b, c)
+    assert capacity.used(int(parents[0])).sum() == (parents == parents[0]).sum()
+    assert peak < 64e6  # one byte a prefix would be 2.1 GB
 
 
 def test_opq_turns_by_an_orthogonal_matrix_and_beats_plain_product_quantisation() -> None:
