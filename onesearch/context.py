@@ -3,8 +3,9 @@
 The only feature code. Training builds its samples and serving its prompts through `ContextEncoder`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Protocol
 
 import numpy as np
@@ -14,7 +15,10 @@ from onesearch.embedder import TextEmbedder
 from onesearch.quantizer import Codebooks
 from onesearch.sequence import Fields
 from onesearch.sid import RQ_LEVELS, Codes
+from onesearch.text import normalise
 
+MAX_RECENT_QUERIES = 10
+MAX_RECENT_ITEMS = 20
 MAX_LONG_ITEMS = 100
 
 
@@ -32,6 +36,27 @@ class SearchContext:
     recent_items: tuple[int, ...] = ()
     long_items: tuple[int, ...] = ()
     keywords: tuple[str, ...] = ()
+
+
+def assemble(
+    query: str, queries: Iterable[str], clicks: Sequence[int], long: Sequence[int], profile: str = ""
+) -> SearchContext:
+    """A context from what a user did before, oldest first: queries asked, items clicked, items clicked or ordered.
+
+    The one rule of what counts as recent, for logs and for live traffic: a query asked again and again (pages,
+    filters, reloads) counts once, and one that equals the present query is not its own history (spec §2.2, §3.6).
+    """
+    wanted = normalise(query)
+    asked = [text for text, _ in groupby(map(normalise, queries))]
+    if asked and asked[-1] == wanted:
+        asked.pop()
+    return SearchContext(
+        query=wanted,
+        profile=profile,
+        recent_queries=tuple(asked[-MAX_RECENT_QUERIES:]),
+        recent_items=tuple(clicks[-MAX_RECENT_ITEMS:]),
+        long_items=tuple(long[-MAX_LONG_ITEMS:]),
+    )
 
 
 class SidLookup(Protocol):

@@ -6,7 +6,6 @@ The dictionary maps a normalised phrase to its attribute type (18 types, spec §
 request it is used for (spec §4.6.4).
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 import orjson
 
 from onesearch.errors import BundleError
-from onesearch.text import normalise
+from onesearch.text import WORD, normalise
 
 KEYWORD_TYPES = (
     *("Entity", "Modifier", "Brand", "Material", "Style", "Function", "Location", "Audience", "Color"),
@@ -22,8 +21,6 @@ KEYWORD_TYPES = (
 )
 MAX_KEYWORDS = 8
 _MAX_PHRASE = 5
-# A word is a run of Latin-like letters and digits, or a single character of a script written without spaces.
-_WORD = re.compile(r"[぀-ヿ㐀-䶿一-鿿가-힯]|[^\W_぀-ヿ㐀-䶿一-鿿가-힯]+")
 
 
 @dataclass(frozen=True)
@@ -41,7 +38,7 @@ class KeywordRules:
 
     def spans(self, text: str) -> list[tuple[str, tuple[int, int]]]:
         """Phrases of the dictionary in normalised text with their character spans, longest leftmost first."""
-        words = [m.span() for m in _WORD.finditer(text)]
+        words = [m.span() for m in WORD.finditer(text)]
         found: list[tuple[str, tuple[int, int]]] = []
         at = 0
         while at < len(words):

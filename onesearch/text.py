@@ -1,8 +1,13 @@
 """The one text normalisation, used before embedding, keyword matching, caching and tokenising."""
 
+import re
 import unicodedata
 
 MAX_QUERY_CHARS = 256
+
+
+# A word is a run of letters and digits, or one character of a script written without spaces.
+WORD = re.compile(r"[぀-ヿ㐀-䶿一-鿿가-힯]|[^\W_぀-ヿ㐀-䶿一-鿿가-힯]+")
 
 
 def normalise(text: str) -> str:
@@ -13,3 +18,8 @@ def normalise(text: str) -> str:
     folded = unicodedata.normalize("NFKC", text).casefold()
     kept = [" " if c in "<>" or unicodedata.category(c)[0] == "C" else c for c in folded]
     return " ".join("".join(kept).split())
+
+
+def words(text: str) -> list[str]:
+    """Words of normalised text: no stemming, no stop words."""
+    return WORD.findall(normalise(text))

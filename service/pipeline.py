@@ -4,13 +4,12 @@ import asyncio
 import time
 from collections.abc import Awaitable, Mapping
 from dataclasses import asdict, dataclass
-from itertools import groupby
 from typing import Any, TypeVar
 
 import orjson
 
 from onesearch.catalog import Catalog
-from onesearch.context import SearchContext
+from onesearch.context import SearchContext, assemble
 from onesearch.errors import InputError
 from onesearch.search import SearchOptions, SearchResult
 from service.deployment import Deployment, Variant
@@ -129,15 +128,12 @@ class Pipeline:
 
 
 def context_of(query: str, history: UserState) -> SearchContext:
-    """The context of a search. A query asked again and again (pages, filters, reloads) counts once."""
-    asked = [text for text, _ in groupby(entry.value for entry in history.queries)]
-    if asked and asked[-1] == query:
-        asked.pop()
-    return SearchContext(
-        query=query,
-        recent_queries=tuple(asked),
-        recent_items=tuple(int(entry.value) for entry in history.clicks),
-        long_items=tuple(int(entry.value) for entry in history.long),
+    """The context of a search by the shared rule."""
+    return assemble(
+        query,
+        [entry.value for entry in history.queries],
+        [int(entry.value) for entry in history.clicks],
+        [int(entry.value) for entry in history.long],
     )
 
 

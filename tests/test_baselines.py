@@ -4,7 +4,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from training.baselines import Bm25, CategoryPopularity, item_text, words
+from onesearch.text import words
+from training.baselines import Bm25, CategoryPopularity, item_text
 
 TEXTS = ["red shoes", "red red running shoes for men", "blue bag", "red bag", "red bag"]
 

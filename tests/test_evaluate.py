@@ -1,7 +1,6 @@
 import io
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import orjson
@@ -13,10 +12,11 @@ from tiny_bundle import tiny_items, write_tiny_bundle
 from typer.testing import CliRunner
 
 from onesearch.catalog import Catalog, Item, write_catalog
-from onesearch.errors import DataError
+from onesearch.errors import ConfigError, DataError
 from onesearch.search import SearchOptions, SearchResult
 from training import evaluate
-from training.evaluate import records, show, with_queries
+from training.bootstrap import with_queries
+from training.evaluate import records, show
 from training.judgements import evaluate_judgements, read_judgements
 from training.logged import evaluate_logs
 from training.negation import read_negations
@@ -273,13 +273,11 @@ def test_a_report_is_shown_as_one_table_and_as_json_records(subject):
 
 def test_without_logs_only_a_bootstrapped_bundle_is_measured_and_on_its_own_queries():
     items = item_table()
-    plain = SimpleNamespace(manifest=SimpleNamespace(recipe={"seed": 1, "data": {"bootstrap": False}}))
-    with pytest.raises(DataError, match="no sessions, expected a recall table"):
-        with_queries(Tables(items), plain)
-    marked = SimpleNamespace(manifest=SimpleNamespace(recipe={"seed": 1, "data": {"bootstrap": True}}))
-    made = with_queries(Tables(items), marked).recall
+    with pytest.raises(ConfigError, match="the tables hold no recall sessions"):
+        with_queries(Tables(items), allowed=False, seed=1)
+    made = with_queries(Tables(items), allowed=True, seed=1).recall
     assert set(made["source"]) == {"bootstrap"}
-    assert made.equals(with_queries(Tables(items), marked).recall)
+    assert made.equals(with_queries(Tables(items), allowed=True, seed=1).recall)
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ from training.metrics import (
     bootstrap,
     compare,
     coverage,
+    exposure_gini,
     free_beams,
-    gini,
     graded,
     hits,
     item_rank,
@@ -179,6 +179,6 @@ def test_top_rows_breaks_ties_by_position(scores, count):
 
 def test_coverage_and_gini_of_hand_made_lists():
     assert coverage([rows(0, 1, 7), rows(1, 2)], num_items=8, k=2) == 3 / 8
-    assert gini([rows(0), rows(1), rows(2), rows(3)], num_items=4, k=10) == 0
-    assert gini([rows(2), rows(2)], num_items=4, k=10) == 0.75
-    assert gini([rows()], num_items=4, k=10) == 0
+    assert exposure_gini([rows(0), rows(1), rows(2), rows(3)], num_items=4, k=10) == 0
+    assert exposure_gini([rows(2), rows(2)], num_items=4, k=10) == 0.75
+    assert exposure_gini([rows()], num_items=4, k=10) == 0

@@ -3,7 +3,6 @@
 Both rank the rows of the same catalog as the model and are deterministic: equal scores go to the smaller row.
 """
 
-import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol
@@ -12,11 +11,8 @@ import bm25s
 import numpy as np
 import numpy.typing as npt
 
-from onesearch.text import normalise
+from onesearch.text import normalise, words
 from training.metrics import Rows, top_rows
-
-# A word is a run of letters and digits, or one character of a script written without spaces.
-_WORD = re.compile(r"[぀-ヿ㐀-䶿一-鿿가-힯]|[^\W_぀-ヿ㐀-䶿一-鿿가-힯]+")
 
 
 class Baseline(Protocol):
@@ -25,11 +21,6 @@ class Baseline(Protocol):
     def top(self, query: str, count: int) -> Rows:
         """At most `count` rows, best first, int64."""
         ...
-
-
-def words(text: str) -> list[str]:
-    """Words of normalised text: no stemming, no stop words."""
-    return _WORD.findall(normalise(text))
 
 
 def item_text(body: Mapping[str, Any], attributes: Collection[str] | None = None) -> str:

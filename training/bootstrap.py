@@ -21,11 +21,11 @@ import orjson
 import polars as pl
 import typer
 
-from onesearch.errors import DataError, OneSearchError
+from onesearch.errors import ConfigError, DataError, OneSearchError
 from onesearch.text import normalise
 from training.columns import UNKNOWN
 from training.progress import track
-from training.tables import frame, load_tables, table_format, write_tables
+from training.tables import Tables, frame, load_tables, table_format, write_tables
 
 MAX_TARGETS = 20
 KINDS = ("type", "brand", "attribute", "model", "title")
@@ -274,6 +274,18 @@ def _rough(query: _Query, rng: np.random.Generator) -> str:
 def _split(stems: frozenset[str], seed: int) -> str:
     place = zlib.crc32(f"{seed} {' '.join(sorted(stems))}".encode()) / 2**32
     return next((split for split, bound in SPLITS if place < bound), "train")
+
+
+def with_queries(tables: Tables, allowed: bool, seed: int) -> Tables:
+    """Tables as they are, or with pseudo-queries when they hold no sessions and `allowed` (a recipe's data.bootstrap).
+
+    Equal items and seed give equal queries and splits. Raises ConfigError when sessions are missing otherwise.
+    """
+    if tables.recall is not None and len(tables.recall):
+        return tables
+    if not allowed:
+        raise ConfigError("data.bootstrap: false, but the tables hold no recall sessions")
+    return replace(tables, recall=bootstrap(tables.items, seed))
 
 
 def _command(

@@ -5,7 +5,6 @@ parent, which is what lifts the share of items that own their SID; then OPQ with
 N points (items first, then queries), k codes of a level, dim width of the embeddings.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import faiss
@@ -15,8 +14,7 @@ import numpy.typing as npt
 from onesearch.errors import ConfigError
 from onesearch.quantizer import Codebooks, Float32, Int64, NearestCentroid, capacity_limit
 from onesearch.sid import OPQ_CODES, RQ_LEVELS, Codes, SidSpec
-
-Progress = Callable[[str, int, int], None]  # what is being done, steps done, steps in all
+from training.progress import StageProgress
 
 _POINTS_PER_CENTROID = 10_000
 _OPQ_POINTS = 200_000
@@ -44,7 +42,7 @@ def fit_codebooks(
     item_embeddings: Float32,
     query_embeddings: Float32,
     config: CodebookConfig,
-    progress: Progress = lambda stage, done, total: None,
+    progress: StageProgress = lambda stage, done, total: None,
 ) -> tuple[Codebooks, Codes]:
     """Fit on items [N_i, dim] and queries [N_q, dim]; returns the codebooks and the items' codes uint16 [N_i, 5].
 
@@ -108,7 +106,7 @@ def fit_opq(
     residual: Float32,
     sizes: tuple[int, ...],
     config: CodebookConfig,
-    progress: Progress = lambda stage, done, total: None,
+    progress: StageProgress = lambda stage, done, total: None,
 ) -> tuple[Float32, tuple[Float32, ...]]:
     """Rotation [dim, dim] and two codebooks [k, dim/2] that minimise the L2 error on residuals [N, dim].
 

@@ -19,8 +19,8 @@ from torch.nn.functional import cross_entropy, embedding_bag, normalize
 
 from onesearch.embedder import Float32, HashedEmbedder, Int64, hash_features
 from onesearch.errors import ConfigError
+from training.progress import StageProgress
 
-Progress = Callable[[str, int, int], None]  # what is being done, steps done, steps in all
 Csr = Any  # scipy.sparse.csr_matrix, which has no type stubs
 
 _TEXT_CHUNK = 4096
@@ -69,7 +69,7 @@ def fit_embedder(
     texts: Sequence[str],
     pairs: ClickPairs | None,
     config: EmbedderConfig,
-    progress: Progress = lambda stage, done, total: None,
+    progress: StageProgress = lambda stage, done, total: None,
 ) -> HashedEmbedder:
     """Fit on all texts (items and queries) and on clicked pairs. Equal input gives an equal embedder.
 
@@ -88,7 +88,7 @@ def fit_embedder(
     return HashedEmbedder(matrix * idf[:, None])
 
 
-def _tfidf(texts: Sequence[str], buckets: int, progress: Progress) -> tuple[Csr, Float32]:
+def _tfidf(texts: Sequence[str], buckets: int, progress: StageProgress) -> tuple[Csr, Float32]:
     """TF-IDF rows of length 1, CSR [N, C], and the idf of every bucket, float32 [C]."""
     parts = []
     for first in range(0, len(texts), _TEXT_CHUNK):
@@ -107,7 +107,7 @@ def _tfidf(texts: Sequence[str], buckets: int, progress: Progress) -> tuple[Csr,
     return matrix, idf
 
 
-def _right_singular_vectors(matrix: Csr, config: EmbedderConfig, progress: Progress) -> Float32:
+def _right_singular_vectors(matrix: Csr, config: EmbedderConfig, progress: StageProgress) -> Float32:
     """Leading right singular vectors, float32 [C, svd_dim], by randomised subspace iteration.
 
     Columns beyond the rank of the texts are zero.
@@ -128,7 +128,7 @@ def _right_singular_vectors(matrix: Csr, config: EmbedderConfig, progress: Progr
 
 
 def _train_projection(
-    tfidf: Csr, basis: Float32, pairs: ClickPairs, config: EmbedderConfig, progress: Progress
+    tfidf: Csr, basis: Float32, pairs: ClickPairs, config: EmbedderConfig, progress: StageProgress
 ) -> Float32:
     """Learn [svd_dim, dim] on fixed SVD vectors; returns the n-gram rows after projection, [C, dim]."""
     vectors = torch.from_numpy(tfidf @ basis)
@@ -142,7 +142,9 @@ def _train_projection(
     return rows
 
 
-def _finetune(tfidf: Csr, rows: Float32, pairs: ClickPairs, config: EmbedderConfig, progress: Progress) -> Float32:
+def _finetune(
+    tfidf: Csr, rows: Float32, pairs: ClickPairs, config: EmbedderConfig, progress: StageProgress
+) -> Float32:
     """Train the n-gram rows themselves, starting from the projected SVD."""
     matrix = torch.from_numpy(rows).requires_grad_()
 

@@ -20,17 +20,17 @@ from onesearch.arrays import write_atomically
 from onesearch.bundle import Bundle, open_bundle
 from onesearch.context import SearchContext
 from onesearch.decode import Score, StepFn
-from onesearch.errors import DataError, OneSearchError
+from onesearch.errors import OneSearchError
 from onesearch.runtime import Decoder, OnnxDecoder
 from onesearch.search import Searcher, SearchOptions
-from training.bootstrap import bootstrap
+from training.bootstrap import with_queries
 from training.judgements import evaluate_judgements, read_judgements
 from training.logged import evaluate_logs
 from training.metrics import Estimate, Measured
 from training.negation import read_negations
 from training.sessions import page_views
 from training.subject import DEPTH, MODEL, Report, Subject
-from training.tables import Tables, load_tables
+from training.tables import load_tables
 
 _TABLE_WIDTH = 130  # columns of a table that is not shown on a terminal
 
@@ -56,19 +56,6 @@ def bundle_subject(bundle: Bundle, decoder: Decoder, options: SearchOptions) -> 
         return decoder.start(searcher.render(context)[0])
 
     return Subject(searcher, free, bundle.catalog, bundle.trie, options)
-
-
-def with_queries(tables: Tables, bundle: Bundle) -> Tables:
-    """Tables as they are, or with the pseudo-queries the bundle's own recipe made for a shop without logs.
-
-    Same items and seed give the same queries and split, so the held-out ones were not trained on.
-    """
-    if tables.recall is not None and len(tables.recall):
-        return tables
-    recipe = bundle.manifest.recipe
-    if not recipe.get("data", {}).get("bootstrap"):
-        raise DataError("recall", ["no sessions, expected a recall table with clicks, or pass --judgements"])
-    return replace(tables, recall=bootstrap(tables.items, recipe["seed"]))
 
 
 def hardware() -> str:
@@ -167,7 +154,9 @@ def _evaluate(
     threads = os.cpu_count() or 1
     subject = bundle_subject(bundle, open_decoder(bundle, threads), options)
     if rated is None:
-        views = page_views(with_queries(tables, bundle))
+        recipe = bundle.manifest.recipe
+        bootstrapped = recipe.get("data", {}).get("bootstrap", False)
+        views = page_views(with_queries(tables, bootstrapped, recipe.get("seed", 0)))
         report = evaluate_logs(subject, views, split, max_requests, seed, read_negations(data))
     else:
         report = evaluate_judgements(subject, rated, max_requests, seed)

@@ -22,7 +22,7 @@ from training.metrics import (
     Rows,
     compare,
     coverage,
-    gini,
+    exposure_gini,
     hits,
     item_rank,
     leaf_numbers,
@@ -179,5 +179,5 @@ def _spread(ranked: Mapping[str, Sequence[Rows]], num_items: int) -> list[Measur
         Measured(
             "recommended items", name, count, {s: Estimate(f(r, num_items, _TOP)) for s, r in ranked.items()}, {}
         )
-        for name, f in ((f"coverage@{_TOP}", coverage), (f"Gini@{_TOP}", gini))
+        for name, f in ((f"coverage@{_TOP}", coverage), (f"Gini@{_TOP}", exposure_gini))
     ]

@@ -16,6 +16,7 @@ from ir_measures import RR, Judged, R, nDCG
 
 from onesearch.decode import StepFn
 from onesearch.sid import Codes
+from training.sid_metrics import gini
 
 Rows = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -201,10 +202,7 @@ def coverage(ranked: Sequence[Rows], num_items: int, k: int) -> float:
     return len(np.unique(np.concatenate([rows[:k] for rows in ranked]))) / num_items
 
 
-def gini(ranked: Sequence[Rows], num_items: int, k: int) -> float:
+def exposure_gini(ranked: Sequence[Rows], num_items: int, k: int) -> float:
     """Gini coefficient of how often each of num_items items is in a top k: 0 equal, towards 1 a few items get all."""
-    counts = np.sort(np.bincount(np.concatenate([rows[:k] for rows in ranked]), minlength=num_items))
-    if counts[-1] == 0:
-        return 0.0
-    weights = 2 * np.arange(1, num_items + 1) - num_items - 1
-    return float((weights * counts).sum() / (num_items * counts.sum()))
+    counts = np.bincount(np.concatenate([rows[:k] for rows in ranked]), minlength=num_items)
+    return gini(counts) if counts.any() else 0.0

@@ -21,8 +21,8 @@ from onesearch import __version__
 from onesearch.arrays import write_atomically
 from onesearch.bundle import SCHEMA_VERSION, Bundle, Manifest, open_parts, sha256
 from onesearch.context import SearchContext
-from onesearch.errors import BundleError, ConfigError, OneSearchError
-from training.bootstrap import bootstrap
+from onesearch.errors import BundleError, OneSearchError
+from training.bootstrap import with_queries
 from training.codebooks import fit_codebooks
 from training.embedder import ClickPairs, fit_embedder
 from training.keywords import mine_keywords
@@ -58,7 +58,7 @@ def train_bundle(recipe: Recipe, data: Path, out: Path, work: Work) -> Manifest:
         raise BundleError(
             f"bundle {out}", ["exists already; bundles are immutable, remove it or choose another name"]
         )
-    tables = _with_queries(load_tables(data), recipe)
+    tables = with_queries(load_tables(data), recipe.data.bootstrap, recipe.seed)
     views = page_views(tables)
     training = [view for view in views if view.split == "train"]
     plain = recipe_json(recipe)
@@ -79,15 +79,6 @@ def train_bundle(recipe: Recipe, data: Path, out: Path, work: Work) -> Manifest:
 
 _IDENTIFIER_KEYS = ("seed", "data", "tokenizer", "embedder", "codebooks", "sequence")
 _TRAIN_KEYS = ("seed", "data", "threads", "precision", "model", "stages")
-
-
-def _with_queries(tables: Tables, recipe: Recipe) -> Tables:
-    """Tables as they are, or with pseudo-queries when the shop has no logs and the recipe allows them."""
-    if tables.recall is not None and len(tables.recall):
-        return tables
-    if not recipe.data.bootstrap:
-        raise ConfigError("data.bootstrap: false, but the tables hold no recall sessions to train on")
-    return replace(tables, recall=bootstrap(tables.items, recipe.seed))
 
 
 def _fit_identifiers(recipe: Recipe, tables: Tables, views: Sequence[PageView], folder: Path) -> None:
@@ -160,6 +151,7 @@ def _sources(recipe: Recipe, bundle: Bundle, tables: Tables, views: Sequence[Pag
         item_sids=dict(zip(catalog.item_ids.tolist(), catalog.sids, strict=True)),
         query_sids=dict(zip(queries, bundle.encoder.query_sids(queries), strict=True)),
         keyword_share=recipe.data.keyword_share,
+        anonymous_share=recipe.data.anonymous_share,
         seed=recipe.seed,
     )
 

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import TypeVar
 
 from rich.console import Console
@@ -18,6 +18,7 @@ from rich.progress import (
 from rich.text import Text
 
 T = TypeVar("T")
+StageProgress = Callable[[str, int, int], None]  # told what is being done, steps done, steps in all
 _LINE_EVERY = 5.0  # seconds between plain lines
 
 

@@ -18,12 +18,14 @@ Precision = Literal["auto", "fp32", "bf16"]
 @dataclass(frozen=True)
 class DataConfig:
     """bootstrap: make pseudo-queries when the tables hold no logs. min_keyword_items: a dictionary phrase needs that
-    many items. keyword_share: share of search samples whose prompt shows keywords (spec §4.4 `kw_mix`).
+    many items. keyword_share: share of page views whose prompt shows keywords (spec §4.4 `kw_mix`).
+    anonymous_share: share of page views whose prompt hides the user, as for visitors who are not known.
     """
 
     bootstrap: bool = False
     min_keyword_items: int = 3
     keyword_share: float = 0.0
+    anonymous_share: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -46,17 +46,20 @@ class Sources:
     item_sids: Mapping[int, Codes]
     query_sids: Mapping[str, Codes]
     keyword_share: float
+    anonymous_share: float
     seed: int
 
 
 def search(sources: Sources) -> Iterable[Sample]:
     """Stage 3: a page view's context → each clicked item, orders with double weight, at most 5 per page view.
 
-    A `keyword_share` of the page views also shows its keywords (spec §4.4 `kw_mix`).
+    A `keyword_share` of the page views also shows keywords (spec §4.4 `kw_mix`), an `anonymous_share` hides the user.
     """
     rng = np.random.default_rng([sources.seed, 3])
     for view in _shuffled(sources, [view for view in sources.views if view.clicked]):
         fields = sources.encoder.fields(view.context, sources.query_sids[view.context.query])
+        if rng.random() < sources.anonymous_share:
+            fields = Fields(query=fields.query, query_sid=fields.query_sid)
         if rng.random() < sources.keyword_share:
             fields = replace(fields, keywords=sources.keywords.match(view.context.query))
         prompt = sources.renderer.prompt("search", fields)

@@ -11,13 +11,11 @@ from typing import Any
 
 import polars as pl
 
-from onesearch.context import MAX_LONG_ITEMS, SearchContext
-from onesearch.text import normalise
+from onesearch.context import MAX_LONG_ITEMS, MAX_RECENT_QUERIES, SearchContext, assemble
 from training.columns import UNKNOWN
 from training.tables import Tables
 
-MAX_RECENT_QUERIES = 10
-MAX_RECENT_ITEMS = 20
+_KEPT_QUERIES = 3 * MAX_RECENT_QUERIES  # more than a context shows, since repeats count once
 
 
 @dataclass(frozen=True)
@@ -37,14 +35,17 @@ class PageView:
 
 @dataclass
 class _History:
-    """What a user did so far, oldest first, bounded."""
+    """What a user did so far, oldest first, bounded, as the service records it: an order joins the long history."""
 
     queries: list[str] = field(default_factory=list)
     clicks: list[int] = field(default_factory=list)
+    long: list[int] = field(default_factory=list)
 
-    def add(self, query: str, items: Sequence[int]) -> None:
-        self.queries = [*self.queries, query][-MAX_RECENT_QUERIES:]
-        self.clicks = [*self.clicks, *items][-MAX_LONG_ITEMS:]
+    def add(self, row: dict[str, Any]) -> None:
+        clicked, ordered = row["clicked_item_ids"], row["purchased_item_ids"]
+        self.queries = [*self.queries, row["query"]][-_KEPT_QUERIES:]
+        self.clicks = [*self.clicks, *clicked][-MAX_LONG_ITEMS:]
+        self.long = [*self.long, *clicked, *ordered][-MAX_LONG_ITEMS:]
 
 
 def page_views(tables: Tables) -> list[PageView]:
@@ -55,11 +56,10 @@ def page_views(tables: Tables) -> list[PageView]:
     histories: dict[int, _History] = defaultdict(_History)
     views: list[PageView] = []
     for moment in _moments(tables.recall):
-        batch = [_page_view(row, profiles, histories) for row in moment]
-        for view in batch:
-            if view.user_id:
-                histories[view.user_id].add(view.context.query, view.clicked)
-        views += batch
+        views += [_page_view(row, profiles, histories) for row in moment]
+        for row in moment:
+            if row["user_id"]:
+                histories[row["user_id"]].add(row)
     return views
 
 
@@ -93,13 +93,7 @@ def _page_view(row: dict[str, Any], profiles: dict[int, str], histories: dict[in
     past = histories[user] if user else _History()
     ordered = tuple(row["purchased_item_ids"])
     clicked = tuple(dict.fromkeys((*row["clicked_item_ids"], *ordered)))
-    context = SearchContext(
-        query=normalise(row["query"]),
-        profile=profiles.get(user, ""),
-        recent_queries=tuple(past.queries),
-        recent_items=tuple(past.clicks[-MAX_RECENT_ITEMS:]),
-        long_items=tuple(past.clicks),
-    )
+    context = assemble(row["query"], past.queries, past.clicks, past.long, profiles.get(user, ""))
     return PageView(
         session_id=int(row["session_id"]),
         user_id=user,

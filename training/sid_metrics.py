@@ -38,7 +38,7 @@ def sid_report(
         "icr_rq": float((rq_buckets == 1).sum() / len(item_codes)),
         "collision_free": float(len(buckets) / len(item_codes)),
         "max_bucket": int(buckets.max()),
-        "bucket_gini": _gini(buckets),
+        "bucket_gini": gini(buckets),
         "bucket_entropy": _entropy(buckets),
         "perplexity": [float(np.exp(_entropy(np.bincount(codes)))) for codes in item_codes.T],
         "dead_codes": [int(size - len(np.unique(codes))) for codes, size in zip(item_codes.T, sizes, strict=True)],
@@ -74,8 +74,8 @@ def _entropy(counts: Int64) -> float:
     return float(-(shares * np.log(shares)).sum())
 
 
-def _gini(counts: Int64) -> float:
-    """Gini coefficient of the sizes of used buckets: 0 when all are equal."""
+def gini(counts: Int64) -> float:
+    """Gini coefficient of non-negative counts, at least one above 0: 0 when all are equal."""
     ordered = np.sort(counts).astype(np.float64)
     ranks = np.arange(1, len(ordered) + 1)
     return float(2 * (ranks * ordered).sum() / (len(ordered) * ordered.sum()) - (len(ordered) + 1) / len(ordered))
