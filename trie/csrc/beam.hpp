@@ -105,9 +105,8 @@ class BeamSearch {
       if (beams_[b].row != kSettled) out = std::copy_n(prefix(b), level_, out);
   }
 
-  // Logits are [rows, row_size]. Throws std::invalid_argument naming the first value that is not finite.
+  // Logits are [rows, row_size]. Throws std::invalid_argument naming a value that is not finite.
   void advance(const float* logits) {
-    measure_rows(logits);
     fetch_children();
     best_.reset(level_ + 1 == trie_->levels() ? options_.top_n : options_.width);
     for (const std::uint32_t b : best_first()) scan(b, logits);
@@ -146,7 +145,6 @@ class BeamSearch {
   };
 
   const Code* prefix(std::size_t b) const { return prefixes_.data() + b * trie_->levels(); }
-  bool is_legal(std::uint32_t t, Edge e) const { return !mask_ || mask_->test(t, e); }
 
   // The only legal edge of a node of depth t, or `end` of its edges when there are several.
   Edge only_edge(std::uint32_t t, EdgeRange range) const {
@@ -168,15 +166,6 @@ class BeamSearch {
       if (node == range.end) return false;
     }
     return true;
-  }
-
-  void measure_rows(const float* logits) {
-    const std::size_t size = row_size();
-    row_max_.resize(rows_);
-    for (std::size_t row = 0; row < rows_; ++row) {
-      row_max_[row] = kernels_.max_finite(logits + row * size, size);
-      if (std::isnan(row_max_[row])) throw_not_finite(logits + row * size, row);
-    }
   }
 
   [[noreturn]] void throw_not_finite(const float* logits, std::size_t row) const {
@@ -208,71 +197,56 @@ class BeamSearch {
 
   void scan(std::uint32_t b, const float* logits) {
     const Beam& beam = beams_[b];
-    const EdgeRange range = ranges_[b];
     if (beam.row == kSettled) {
       softmax_[b] = {beam.score, 0.0f};
-      return best_.push(make_key(beam.score, only_edge(level_, range)));
+      return best_.push(make_key(beam.score, only_edge(level_, ranges_[b])));
     }
-    if (beam.score < best_.lowest_score()) return;  // log-probabilities are never positive
     const float* row = logits + beam.row * row_size();
-    if (options_.legal) return scan_legal(b, range, row);
-    const float max = row_max_[beam.row];
-    softmax_[b] = {beam.score - std::log(kernels_.sum_exp(row, row_size(), max)), max};
-    if (range.size() * kDense >= row_size())
-      scan_dense(b, range, row);
-    else
-      scan_sparse(b, range, row);
+    const float row_max = kernels_.max_finite(row, row_size());
+    if (std::isnan(row_max)) throw_not_finite(row, beam.row);
+    collect(ranges_[b], row);
+    const float best = kernels_.max_finite(values_.data(), values_.size());
+    const float max = options_.legal ? best : row_max;
+    // The logarithm below is never negative: most hopeless beams need no exponentials.
+    if (beam.score + (static_cast<double>(best) - static_cast<double>(max)) < best_.lowest_score()) return;
+    const double sum = options_.legal ? kernels_.sum_exp(values_.data(), values_.size(), max)
+                                      : kernels_.sum_exp(row, row_size(), max);
+    softmax_[b] = {beam.score - std::log(sum), max};
+    for (const std::uint32_t i : hits(b))
+      best_.push(make_key(score(b, values_[i]), mask_ ? candidates_[i] : ranges_[b].begin + i));
   }
 
-  // Legal mode: the softmax runs over the legal children alone.
-  void scan_legal(std::uint32_t b, EdgeRange range, const float* row) {
-    const Level& level = trie_->level(level_);
-    legal_edges_.clear();
-    values_.clear();
-    for (Edge e = range.begin; e < range.end; ++e) {
-      if (!is_legal(level_, e)) continue;
-      legal_edges_.push_back(e);
-      values_.push_back(row[level.codes[e]]);
-    }
-    const float max = kernels_.max_finite(values_.data(), values_.size());
-    softmax_[b] = {beams_[b].score - std::log(kernels_.sum_exp(values_.data(), values_.size(), max)), max};
-    for (const std::uint32_t i : hits(b, values_.data(), values_.size())) push(b, legal_edges_[i], values_[i]);
-  }
-
-  // Most codes are children: scan the row as it lies and look up the few codes that pass.
-  void scan_dense(std::uint32_t b, EdgeRange range, const float* row) {
-    const Level& level = trie_->level(level_);
-    EdgeRange rest = range;
-    for (const std::uint32_t code : hits(b, row, row_size())) {
-      const Edge e = level.find(rest, static_cast<Code>(code));
-      if (e == rest.end) continue;
-      rest.begin = e;
-      if (is_legal(level_, e)) push(b, e, row[code]);
-    }
-  }
-
-  void scan_sparse(std::uint32_t b, EdgeRange range, const float* row) {
-    const Level& level = trie_->level(level_);
+  // Logits of a node's legal children to values_ and, where a mask thins the children out, their edges to
+  // candidates_.
+  void collect(EdgeRange range, const float* row) {
+    const Code* codes = trie_->level(level_).codes;
     values_.resize(range.size());
-    for (std::uint32_t i = 0; i < range.size(); ++i) values_[i] = row[level.codes[range.begin + i]];
-    for (const std::uint32_t i : hits(b, values_.data(), values_.size()))
-      if (is_legal(level_, range.begin + i)) push(b, range.begin + i, values_[i]);
+    if (!mask_) {
+      for (std::uint32_t i = 0; i < range.size(); ++i) values_[i] = row[codes[range.begin + i]];
+      return;
+    }
+    candidates_.resize(range.size());
+    std::size_t count = 0;
+    for (Edge e = range.begin; e < range.end; ++e) {
+      candidates_[count] = e;
+      values_[count] = row[codes[e]];
+      count += mask_->test(level_, e);
+    }
+    values_.resize(count);
   }
 
-  // Positions whose logits may still reach the floor. Rounding the bar down by one float keeps the filter safe:
+  // Positions in values_ that may still reach the floor. Rounding the bar down by one float keeps the filter safe:
   // that step is far wider than the rounding of the double arithmetic behind it.
-  std::span<const std::uint32_t> hits(std::uint32_t b, const float* values, std::size_t n) {
+  std::span<const std::uint32_t> hits(std::uint32_t b) {
     const double lowest = best_.lowest_score() - softmax_[b].base + static_cast<double>(softmax_[b].max);
     const float bar = std::nextafter(static_cast<float>(lowest), -std::numeric_limits<float>::infinity());
-    if (bar > softmax_[b].max) return {};
-    hits_.resize(std::max(hits_.size(), n));
-    return {hits_.data(), kernels_.at_least(values, n, bar, hits_.data())};
+    hits_.resize(std::max(hits_.size(), values_.size()));
+    return {hits_.data(), kernels_.at_least(values_.data(), values_.size(), bar, hits_.data())};
   }
 
   double score(std::uint32_t b, float logit) const {
     return softmax_[b].base + (static_cast<double>(logit) - static_cast<double>(softmax_[b].max));
   }
-  void push(std::uint32_t b, Edge e, float logit) { best_.push(make_key(score(b, logit), e)); }
 
   // Make the chosen edges the new beams. Beams and edges are both in code order, so parents are found by a merge.
   void follow(const float* logits) {
@@ -305,8 +279,6 @@ class BeamSearch {
     ++level_;
   }
 
-  static constexpr std::size_t kDense = 4;  // scan whole rows from a quarter of the codes being children
-
   std::shared_ptr<const Trie> trie_;
   std::shared_ptr<const EdgeMask> mask_;
   BeamOptions options_;
@@ -319,9 +291,9 @@ class BeamSearch {
   // Scratch of one level.
   BestKeys best_;
   std::vector<std::uint32_t> order_, hits_;
-  std::vector<Edge> edges_, legal_edges_;
+  std::vector<Edge> edges_, candidates_;
   std::vector<EdgeRange> ranges_;
-  std::vector<float> row_max_, values_;
+  std::vector<float> values_;
   std::vector<Softmax> softmax_;
 };
 
