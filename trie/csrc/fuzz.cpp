@@ -88,7 +88,8 @@ void fuzz_search(Random& random) {
   while (!beam.done()) {
     logits.resize(beam.rows() * beam.row_size());
     for (float& each : logits) each = static_cast<float>(below(random, 2000)) / 100.0f - 10.0f;
-    if (!logits.empty() && below(random, 40) == 0) logits[below(random, static_cast<std::uint32_t>(logits.size()))] = NAN;
+    if (!logits.empty() && below(random, 40) == 0)
+      logits[below(random, static_cast<std::uint32_t>(logits.size()))] = NAN;
     try {
       beam.advance(logits.data());
     } catch (const std::invalid_argument&) {

@@ -169,7 +169,7 @@ SID_AVX2 inline std::size_t at_least(const float* x, std::size_t n, float bar, s
   for (; i + 8 <= n; i += 8) {
     auto hits = static_cast<std::uint32_t>(
         _mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(x + i), limit, _CMP_GE_OQ)));
-    for (; hits != 0; hits &= hits - 1) out[found++] = static_cast<std::uint32_t>(i) + static_cast<std::uint32_t>(std::countr_zero(hits));
+    for (; hits != 0; hits &= hits - 1) out[found++] = static_cast<std::uint32_t>(i + std::countr_zero(hits));
   }
   for (; i < n; ++i)
     if (x[i] >= bar) out[found++] = static_cast<std::uint32_t>(i);
