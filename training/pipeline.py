@@ -62,7 +62,7 @@ def train_bundle(recipe: Recipe, data: Path, out: Path, work: Work) -> Manifest:
     views = page_views(tables)
     training = [view for view in views if view.split == "train"]
     plain = recipe_json(recipe)
-    inputs = {"data": _fingerprint(data), **{k: plain[k] for k in _IDENTIFIER_KEYS}}
+    inputs = {"tables": _fingerprint(data), **{k: plain[k] for k in _IDENTIFIER_KEYS}}
     identifiers = work.folder("identifiers", inputs)
     if identifiers.exists():
         _console.print(f"identifiers: done before, in {identifiers.name}")
