@@ -15,7 +15,7 @@ from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BartConfig, BartModel
@@ -180,17 +180,30 @@ class OneSearchModel(nn.Module):
         return F.linear(hidden, self.embedding, self.head_bias)
 
     def save_weights(self, path: Path) -> None:
-        """Write all weights as safetensors; the file appears whole or not at all."""
+        """Write every parameter once, as safetensors; equal weights give equal bytes, whole or not at all."""
         partial = path.with_name(path.name + ".partial")
-        save_model(self, str(partial))
+        save_file({name: parameter.detach() for name, parameter in self.named_parameters()}, partial)
         partial.replace(path)
 
     def load_weights(self, path: Path) -> None:
-        """Read `save_weights`. Raises BundleError when names or shapes differ."""
+        """Read `save_weights`. Raises BundleError listing every missing, unknown or ill-shaped tensor."""
         try:
-            load_model(self, str(path))
-        except (RuntimeError, OSError, SafetensorError) as error:
-            raise BundleError(str(path), str(error).splitlines()) from error
+            tensors = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise BundleError(str(path), [f"cannot be read: {error}"]) from error
+        own = dict(self.named_parameters())
+        faults = [f"tensor {name!r}: is unknown" for name in tensors.keys() - own.keys()]
+        faults += [f"tensor {name!r}: is missing" for name in own.keys() - tensors.keys()]
+        faults += [
+            f"tensor {name!r}: has shape {tuple(tensors[name].shape)}, expected {tuple(own[name].shape)}"
+            for name in own.keys() & tensors.keys()
+            if tensors[name].shape != own[name].shape
+        ]
+        if faults:
+            raise BundleError(str(path), sorted(faults))
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(tensors[name])
 
 
 def open_model(folder: Path) -> OneSearchModel:

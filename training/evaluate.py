@@ -39,11 +39,9 @@ def open_decoder(bundle: Bundle, threads: int) -> Decoder:
     """The exported graphs under ONNX Runtime, else the weights under torch (slower, needs the train extra)."""
     if bundle.graphs is not None:
         return OnnxDecoder(bundle.graphs, bundle.renderer.sids, bundle.renderer.bos, threads)
-    from onesearch.model import ModelConfig, OneSearchModel, TorchDecoder
+    from onesearch.model import TorchDecoder, open_model
 
-    model = OneSearchModel(ModelConfig.from_json((bundle.path / "model.json").read_bytes()))
-    model.load_weights(bundle.path / "weights.safetensors")
-    return TorchDecoder(model.eval(), bundle.renderer)
+    return TorchDecoder(open_model(bundle.path), bundle.renderer)
 
 
 def bundle_subject(bundle: Bundle, decoder: Decoder, options: SearchOptions) -> Subject:

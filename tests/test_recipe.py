@@ -1,0 +1,47 @@
+"""Recipes: strict, and every message names the key, the value and what was expected."""
+
+from pathlib import Path
+
+import pytest
+
+from onesearch.errors import ConfigError
+from training.recipe import load_recipe
+
+STAGE = '[[stages]]\nname = "s"\nsteps = 1\nmixture = { search = 1.0 }\n'
+RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_of_the_project_reads(path: Path) -> None:
+    assert load_recipe(path).name == path.stem
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name = 3\n" + STAGE, "name: 3, expected a value of type str"),
+        ('name = "x"\nsteps = 3\n' + STAGE, "steps: unknown key, expected one of name, seed"),
+        ('name = "x"\n' + STAGE + "batsh = 3\n", r"stages\[0\]\.batsh: unknown key"),
+        ('name = "x"\n', "stages: the recipe has none"),
+        (STAGE, "name: is missing"),
+        ('name = "x"\nprecision = "fp64"\n' + STAGE, "precision: 'fp64', expected one of 'auto', 'fp32', 'bf16'"),
+        ('name = "x"\n[codebooks]\nsizes = 4\n' + STAGE, "codebooks.sizes: 4, expected a list"),
+        ('name = "x"\n[codebooks]\nsizes = [4, 4]\n' + STAGE, "expected 5"),
+        ('name = "x"\n' + STAGE.replace("search", "serach"), "positive shares of tasks among search,"),
+        ('name = "x"\n' + STAGE.replace("1.0", "0.0"), "positive shares"),
+        ('name = "x"\nmodel = 3\n' + STAGE, "model: 3, expected a table"),
+        ('name = "x"\nseed = true\n' + STAGE, "seed: True, expected a value of type int"),
+        ("name = ", "recipe .*: "),
+    ],
+)
+def test_a_wrong_recipe_names_what_is_wrong(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "r.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(path)
+
+
+def test_integers_are_read_where_a_number_is_wanted(tmp_path: Path) -> None:
+    path = tmp_path / "r.toml"
+    path.write_text('name = "x"\n' + STAGE + "lr = 1\n")
+    assert load_recipe(path).stages[0].lr == 1.0
