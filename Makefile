@@ -24,16 +24,16 @@ $(DEV): $(BUILT)
 	$(PIP) --editable ".[cpu,train,export,dev]"
 	@touch $@
 
-demo/data/items.jsonl: | $(BUILT)
+demo/data/items.parquet: | $(BUILT)
 	$(BIN)/onesearch-simulate demo/data
 
-demo/bundle/manifest.json: demo/data/items.jsonl
+demo/bundle/manifest.json: | demo/data/items.parquet
 	$(BIN)/onesearch-train recipes/demo.toml --data demo/data --out demo/bundle --work demo/work
 
-demo/bundle/graphs/stamp.json: demo/bundle/manifest.json
+demo/bundle/graphs/stamp.json: | demo/bundle/manifest.json
 	$(BIN)/onesearch-export demo/bundle --target onnx
 
-demo: $(BUILT) demo/bundle/graphs/stamp.json
+demo: | $(BUILT) demo/bundle/graphs/stamp.json
 	$(BIN)/onesearch-serve demo/bundle --port $(PORT)
 
 test: $(DEV)

@@ -1,0 +1,92 @@
+"""One search end to end on a tiny bundle, against scoring every live SID by brute force."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from tiny_bundle import random_contexts, write_tiny_bundle
+
+from onesearch.bundle import Bundle, open_bundle
+from onesearch.catalog import Filters
+from onesearch.context import SearchContext, assemble
+from onesearch.decode import Score
+from onesearch.model import TorchDecoder, open_model
+from onesearch.search import Searcher, SearchOptions
+
+FILTERS = (
+    None,
+    Filters(category="Shoes"),
+    Filters(brand="acme", price_max=20.0, in_stock=True),
+    Filters(exclude_items=tuple(range(1, 29))),
+    Filters(category="nothing of the kind"),
+)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    path, _ = write_tiny_bundle(tmp_path_factory.mktemp("search"))
+    return open_bundle(path)
+
+
+@pytest.fixture(scope="module")
+def searcher(bundle: Bundle) -> Searcher:
+    return Searcher(bundle, TorchDecoder(open_model(bundle.path), bundle.renderer))
+
+
+def brute_force(bundle: Bundle, context: SearchContext, eligible: np.ndarray) -> list[tuple[float, int]]:
+    """(-score, row) of every eligible row: log-softmax over each level's whole codebook along its SID."""
+    decoder = TorchDecoder(open_model(bundle.path), bundle.renderer)
+    prompt = bundle.renderer.prompt("search", bundle.encoder.fields(context))
+    found = []
+    for row in np.flatnonzero(eligible):
+        step, score = decoder.start(prompt), 0.0
+        for level, code in enumerate(bundle.catalog.sids[row]):
+            logits = step(bundle.catalog.sids[row][None, :level], np.zeros(1, dtype=np.int64))[0].astype(float)
+            score += logits[code] - np.log(np.exp(logits - logits.max()).sum()) - logits.max()
+        found.append((-score, int(row)))
+    return sorted(found)
+
+
+@pytest.mark.parametrize("filters", FILTERS)
+def test_a_page_holds_exactly_the_best_eligible_items(
+    bundle: Bundle, searcher: Searcher, filters: Filters | None
+) -> None:
+    eligible = np.ones(30, dtype=bool) if filters is None else bundle.catalog.eligible(filters)
+    for context in random_contexts(4):
+        result = searcher.search(context, SearchOptions(limit=12, filters=filters))
+        expected = brute_force(bundle, context, eligible)
+        assert result.eligible == len(expected)
+        assert len(result.rows) == min(12, len(expected))
+        best = [-key for key, _ in expected[: len(result.rows)]]
+        assert result.scores.tolist() == pytest.approx(best, abs=1e-4)
+        assert all(eligible[row] for row in result.rows)
+        assert len(set(result.rows.tolist())) == len(result.rows)
+
+
+@pytest.mark.parametrize("score", ["level", "legal"])
+def test_limits_beyond_the_catalog_return_every_item_once(searcher: Searcher, score: Score) -> None:
+    result = searcher.search(SearchContext("red shoes"), SearchOptions(limit=200, width=512, score=score))
+    assert sorted(result.rows.tolist()) == list(range(30))
+    assert all(a >= b for a, b in pairwise(result.scores.tolist()))
+
+
+def test_keywords_are_matched_only_when_asked(searcher: Searcher) -> None:
+    context = SearchContext("red shoes by acme")
+    assert searcher.search(context, SearchOptions(limit=1)).keywords == ()
+    assert "shoes" in searcher.search(context, SearchOptions(limit=1, keywords=True)).keywords
+
+
+def test_history_changes_the_answer(searcher: Searcher) -> None:
+    bare = searcher.search(SearchContext("red shoes"), SearchOptions(limit=30))
+    known = searcher.search(
+        SearchContext("red shoes", recent_items=(20, 21), long_items=(20, 21)), SearchOptions(limit=30)
+    )
+    assert bare.scores.tolist() != known.scores.tolist()
+
+
+def test_a_repeated_query_is_not_its_own_history() -> None:
+    context = assemble(" Red shoes", ["bag", "BAG ", "red  shoes", "red shoes"], list(range(30)), list(range(200)))
+    assert context.query == "red shoes"
+    assert context.recent_queries == ("bag",)
+    assert context.recent_items == tuple(range(10, 30))
+    assert context.long_items == tuple(range(100, 200))
