@@ -54,7 +54,7 @@ def loss_of(network: nn.Module, stop_at: int | None = None) -> object:
 
 def train(folder: Path, stop_at: int | None = None) -> nn.Module:
     network = model()
-    config = LoopConfig(seed=3, threads=1, precision="fp32", checkpoint_every=2)
+    config = LoopConfig(seed=3, precision="fp32", checkpoint_every=2)
     run(network, STAGES, plan(STAGES, DATA, 3), loss_of(network, stop_at), folder, config)  # type: ignore[arg-type]
     return network
 

@@ -1,6 +1,5 @@
 """The straight line on a small marketplace: killed and continued, skipped when done, exact in the end."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -87,8 +86,7 @@ def test_a_killed_run_continues_and_ends_with_the_same_bundle(shop: Path, tmp_pa
     recipe = recipe_file(tmp_path, steps=60)
     command = [sys.executable, "-m", "training.pipeline", str(recipe), "--data", str(shop)]
     killed = [*command, "--out", str(tmp_path / "killed"), "--work", str(tmp_path / "work")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(killed, env=environment, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(killed, stderr=subprocess.DEVNULL)
     while process.poll() is None and not list((tmp_path / "work").glob("sft-*/checkpoint/done.json")):
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)

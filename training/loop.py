@@ -29,10 +29,9 @@ _FLOOR = 0.1  # the cosine ends at this share of the learning rate
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """seed and threads decide the result; checkpoint_every is in steps."""
+    """seed decides the result, with the number of torch threads; checkpoint_every is in steps."""
 
     seed: int
-    threads: int
     precision: Precision
     checkpoint_every: int
 
@@ -46,7 +45,6 @@ def run(
     config: LoopConfig,
 ) -> dict[str, float]:
     """Train `model` in place over all planned steps and return the mean loss per task of the last stage."""
-    torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     folder.mkdir(parents=True, exist_ok=True)
     optimiser = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), eps=1e-9)

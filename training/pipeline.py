@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import orjson
+import torch
 import typer
 from rich.console import Console
 
@@ -58,6 +59,7 @@ def train_bundle(recipe: Recipe, data: Path, out: Path, work: Work) -> Manifest:
         raise BundleError(
             f"bundle {out}", ["exists already; bundles are immutable, remove it or choose another name"]
         )
+    torch.set_num_threads(recipe.threads)
     tables = with_queries(load_tables(data), recipe.data.bootstrap, recipe.seed)
     views = page_views(tables)
     training = [view for view in views if view.split == "train"]
@@ -77,7 +79,7 @@ def train_bundle(recipe: Recipe, data: Path, out: Path, work: Work) -> Manifest:
     return write_bundle(identifiers, model, golden, out, plain, {"sid": report, "loss": losses})
 
 
-_IDENTIFIER_KEYS = ("seed", "data", "tokenizer", "embedder", "codebooks", "sequence")
+_IDENTIFIER_KEYS = ("seed", "threads", "data", "tokenizer", "embedder", "codebooks", "sequence")
 _TRAIN_KEYS = ("seed", "data", "threads", "precision", "model", "stages")
 
 

@@ -35,7 +35,7 @@ def train(recipe: Recipe, sources: Sources, folder: Path) -> tuple[OneSearchMode
     data: dict[str, Sequence[Sample]] = {
         task: list(track(MAKERS[task](sources), f"render {task}")) for task in tasks
     }
-    config = LoopConfig(recipe.seed, recipe.threads, recipe.precision, recipe.checkpoint_every)
+    config = LoopConfig(recipe.seed, recipe.precision, recipe.checkpoint_every)
     losses = run(
         model,
         recipe.stages,
