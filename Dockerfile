@@ -21,7 +21,7 @@ RUN pip install --no-cache-dir "$(echo /wheels/onesearch-*.whl)[cpu]" \
  && useradd --create-home --uid 10001 onesearch \
  && install -d -o onesearch /bundle /state
 USER onesearch
-ENV ONESEARCH_STATE=/state/state.sqlite
+ENV ONESEARCH_STATE=sqlite:/state/state.sqlite3
 EXPOSE 8000
 VOLUME ["/bundle", "/state"]
 HEALTHCHECK --interval=10s --timeout=3s --start-period=20s \
@@ -36,10 +36,10 @@ ARG TORCH_ARGS=""
 RUN pip install --no-cache-dir ${TORCH_ARGS} torch==2.13.0 \
  && pip install --no-cache-dir "$(echo /wheels/onesearch-*.whl)[cpu,train,export]" \
  && useradd --create-home --uid 10001 onesearch \
- && install -d -o onesearch /work
-COPY --chown=onesearch recipes /work/recipes
+ && install -d -o onesearch /srv/onesearch
+COPY --chown=onesearch recipes /srv/onesearch/recipes
 USER onesearch
-WORKDIR /work
+WORKDIR /srv/onesearch
 CMD ["onesearch-train", "--help"]
 
 # The Triton image has its own Python, so the wheel is built again inside it.

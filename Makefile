@@ -9,7 +9,7 @@ NATIVE := pyproject.toml trie/CMakeLists.txt $(wildcard trie/csrc/*)
 BUILT := .venv/.built
 DEV := .venv/.dev
 
-.PHONY: build demo test check bench clean
+.PHONY: build demo test check bench sanitize clean
 
 build: $(BUILT)
 
@@ -34,7 +34,7 @@ demo/bundle/graphs/stamp.json: | demo/bundle/manifest.json
 	$(BIN)/onesearch-export demo/bundle --target onnx
 
 demo: | $(BUILT) demo/bundle/graphs/stamp.json
-	$(BIN)/onesearch-serve demo/bundle --port $(PORT)
+	ONESEARCH_STATE=sqlite:demo/state.sqlite3 $(BIN)/onesearch-serve demo/bundle --port $(PORT)
 
 test: $(DEV)
 	$(BIN)/python -m pytest
@@ -49,6 +49,12 @@ check: $(DEV)
 
 bench: $(DEV)
 	$(BIN)/python -m benchmarks.trie
+
+# Hostile files and builds, searches, and portable against AVX2 kernels under ASan and UBSan.
+sanitize:
+	@mkdir -p build
+	$(CXX) -std=gnu++20 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all trie/csrc/fuzz.cpp -o build/fuzz
+	build/fuzz 500
 
 clean:
 	rm -rf .venv build demo runs
