@@ -183,15 +183,19 @@ def main() -> None:
 def _main(
     recipe: Annotated[Path, typer.Argument(help="the recipe, a TOML file")],
     data: Annotated[Path, typer.Option(help="folder with the tables")],
-    out: Annotated[Path, typer.Option(help="the bundle to write; must not exist")],
+    out: Annotated[
+        Path | None, typer.Option(help="the bundle to write, must not exist; default WORK/NAME")
+    ] = None,
     work: Annotated[Path, typer.Option(help="folder for stage results and checkpoints")] = Path("runs"),
 ) -> None:
     """Train a bundle from tables as a recipe says."""
     started = time.monotonic()
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
+        plan = load_recipe(recipe)
+        target = out or work / plan.name
         work.mkdir(parents=True, exist_ok=True)
-        manifest = train_bundle(load_recipe(recipe), data, out, Work(work))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        manifest = train_bundle(plan, data, target, Work(work))
     except OneSearchError as error:
         _console.print(f"onesearch-train: {error}", style="red", markup=False)
         raise typer.Exit(2) from error
@@ -200,7 +204,7 @@ def _main(
         raise typer.Exit(130) from error
     seconds = time.monotonic() - started
     _console.print(
-        f"bundle {out}: model {manifest.model_version}, catalog {manifest.catalog_version}, {seconds:.0f} s"
+        f"bundle {target}: model {manifest.model_version}, catalog {manifest.catalog_version}, {seconds:.0f} s"
     )
 
 
