@@ -9,8 +9,11 @@ from pathlib import Path
 import numpy as np
 import orjson
 import pytest
+from test_sentence_encoder import tiny_encoder
 
 from onesearch.bundle import open_bundle
+from onesearch.context import SearchContext
+from onesearch.embedder import OnnxEmbedder
 from onesearch.errors import BundleError, ConfigError
 from onesearch.model import TorchDecoder, open_model
 from onesearch.search import Searcher, SearchOptions
@@ -126,6 +129,23 @@ def test_a_shop_without_logs_trains_on_marked_pseudo_queries_and_answers_any_que
         result = searcher.search(golden.context, SearchOptions(limit=200, keywords=True))
         assert len(result.rows) == len(set(result.rows.tolist())) == 200
         assert (np.diff(result.scores) <= 0).all()
+
+
+@pytest.mark.slow
+def test_a_local_sentence_encoder_takes_the_place_of_the_hashed_embedder(shop: Path, tmp_path: Path) -> None:
+    tiny_encoder(tmp_path / "encoder")
+    catalog_only = tmp_path / "catalog"
+    catalog_only.mkdir()
+    (catalog_only / "items.jsonl").write_bytes(b"\n".join((shop / "items.jsonl").read_bytes().splitlines()[:200]))
+    path = recipe_file(tmp_path, bootstrap=True)
+    path.write_text(path.read_text().replace("[data]", f'[data]\nsentence_encoder = "{tmp_path / "encoder"}"'))
+    out = tmp_path / "bundle"
+    train_bundle(load_recipe(path), catalog_only, out, work(tmp_path / "work"))
+    bundle = open_bundle(out)
+    assert isinstance(bundle.encoder.embedder, OnnxEmbedder)
+    searcher = Searcher(bundle, TorchDecoder(open_model(out), bundle.renderer))
+    assert len(searcher.search(SearchContext("red shoes"), SearchOptions(limit=10)).rows) == 10
+    assert not list((tmp_path / "work").glob(".*"))
 
 
 def test_other_tables_are_never_taken_for_these(shop: Path, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from onesearch import __version__
 from onesearch.arrays import write_atomically
 from onesearch.bundle import SCHEMA_VERSION, Bundle, Manifest, open_parts, sha256
 from onesearch.context import SearchContext
+from onesearch.embedder import TextEmbedder
 from onesearch.errors import BundleError, OneSearchError
 from training.bootstrap import with_queries
 from training.codebooks import fit_codebooks
@@ -31,6 +32,7 @@ from training.package import Identifiers, catalog_items, recipe_json, write_bund
 from training.progress import StageMeters
 from training.recipe import Recipe, load_recipe
 from training.samples import Sources
+from training.sentence_encoder import export_sentence_encoder
 from training.sessions import PageView, click_rates, page_views
 from training.sft import train
 from training.sid_metrics import sid_report
@@ -89,7 +91,11 @@ def _fit_identifiers(recipe: Recipe, tables: Tables, views: Sequence[PageView], 
     texts = [*(item.text() for item in items), *queries]
     pairs = _click_pairs([item.item_id for item in items], queries, views, recipe.seed)
     progress = StageMeters()
-    embedder = fit_embedder(texts, pairs, recipe.embedder, progress)
+    exported = folder.with_name(f".{folder.name}.encoder")
+    if recipe.data.sentence_encoder:
+        embedder: TextEmbedder = export_sentence_encoder(Path(recipe.data.sentence_encoder), exported)
+    else:
+        embedder = fit_embedder(texts, pairs, recipe.embedder, progress)
     vectors = embedder.embed(texts)
     item_vectors, query_vectors = vectors[: len(items)], vectors[len(items) :]
     codebooks, item_sids = fit_codebooks(item_vectors, query_vectors, recipe.codebooks, progress)
@@ -118,6 +124,7 @@ def _fit_identifiers(recipe: Recipe, tables: Tables, views: Sequence[PageView], 
     write_identifiers(partial, parts)
     write_atomically(partial / "sid_report.json", orjson.dumps(report, option=orjson.OPT_INDENT_2))
     partial.rename(folder)
+    shutil.rmtree(exported, ignore_errors=True)
     _console.print(f"identifiers: {len(items)} items, {len(queries)} queries; {orjson.dumps(report).decode()}")
 
 

@@ -20,12 +20,14 @@ class DataConfig:
     """bootstrap: make pseudo-queries when the tables hold no logs. min_keyword_items: a dictionary phrase needs that
     many items. keyword_share: share of page views whose prompt shows keywords (spec §4.4 `kw_mix`).
     anonymous_share: share of page views whose prompt hides the user, as for visitors who are not known.
+    sentence_encoder: a local sentence-transformers folder (BGE, say) to embed texts with, instead of [embedder].
     """
 
     bootstrap: bool = False
     min_keyword_items: int = 3
     keyword_share: float = 0.0
     anonymous_share: float = 0.0
+    sentence_encoder: str = ""
 
 
 @dataclass(frozen=True)
