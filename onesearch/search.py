@@ -53,8 +53,8 @@ class SearchResult:
 
 
 @dataclass
-class _Clock:
-    """Wall time per named stage, in milliseconds."""
+class Clock:
+    """Wall time per named stage, in milliseconds; a stage entered twice adds up."""
 
     timings: dict[str, float] = field(default_factory=dict)
 
@@ -62,7 +62,7 @@ class _Clock:
     def stage(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        self.timings[name] = round((time.perf_counter() - start) * 1e3, 3)
+        self.timings[name] = round(self.timings.get(name, 0.0) + (time.perf_counter() - start) * 1e3, 3)
 
 
 class Searcher:
@@ -74,19 +74,16 @@ class Searcher:
 
     def search(self, context: SearchContext, options: SearchOptions) -> SearchResult:
         """The best min(limit, eligible) items for a context. Raises DecodeError if the model fails."""
-        clock, catalog = _Clock(), self.bundle.catalog
+        clock, catalog = Clock(), self.bundle.catalog
         with clock.stage("understand"):
             if options.keywords and not context.keywords:
                 context = replace(context, keywords=self.bundle.keywords.match(context.query))
             prompt, query_sid = self.render(context)
         with clock.stage("mask"):
             eligible = None if options.filters is None else catalog.eligible(options.filters)
-            mask = None if eligible is None else self.bundle.trie.subset(catalog.sid_mask(eligible))
-        with clock.stage("prefill"):
-            step = self._decoder.start(prompt)
-        with clock.stage("decode"):
-            config = BeamConfig(width=options.width, top_n=min(options.limit, options.width), score=options.score)
-            found = beam_search(step, self.bundle.trie, config, mask)
+            legal = None if eligible is None else catalog.sid_mask(eligible)
+        config = BeamConfig(width=options.width, top_n=min(options.limit, options.width), score=options.score)
+        found = self.decode(prompt, config, legal, clock)
         with clock.stage("expand"):
             rows, sources = catalog.expand(found.leaves, options.limit, eligible)
         count = catalog.num_items if eligible is None else int(eligible.sum())
@@ -99,9 +96,24 @@ class Searcher:
         assert fields.query_sid is not None
         return self.bundle.renderer.prompt("search", fields), fields.query_sid
 
-    def decode(self, prompt: Prompt, config: BeamConfig) -> BeamResult:
-        """Beam search over all live SIDs for a rendered prompt."""
-        return beam_search(self._decoder.start(prompt), self.bundle.trie, config)
+    def decode(
+        self,
+        prompt: Prompt,
+        config: BeamConfig,
+        legal: npt.NDArray[np.bool_] | None = None,
+        clock: Clock | None = None,
+    ) -> BeamResult:
+        """Beam search over the live SIDs for a rendered prompt; legal bool [M] restricts them by leaf index.
+
+        The one part of a search that may run elsewhere: a searcher whose model is on a server overrides it.
+        """
+        clock = clock or Clock()
+        with clock.stage("mask"):
+            mask = None if legal is None else self.bundle.trie.subset(legal)
+        with clock.stage("prefill"):
+            step = self._decoder.start(prompt)
+        with clock.stage("decode"):
+            return beam_search(step, self.bundle.trie, config, mask)
 
 
 def golden_example(searcher: Searcher, context: SearchContext, width: int = 512) -> GoldenExample:
