@@ -34,10 +34,13 @@ def save_arrays(path: Path, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
     temporary.replace(path)
 
 
-def load_arrays(path: Path, expected: Mapping[str, tuple[str, int]]) -> dict[str, npt.NDArray[Any]]:
+def load_arrays(
+    path: Path, expected: Mapping[str, tuple[str, int]], optional: Mapping[str, tuple[str, int]] | None = None
+) -> dict[str, npt.NDArray[Any]]:
     """Read a `.npz` that must hold exactly the arrays `name -> (dtype, number of dimensions)`, finite if floats.
 
-    Raises BundleError listing every missing, unknown, unreadable or ill-typed array.
+    The arrays of `optional` are there all together or not at all. Raises BundleError listing every missing, unknown,
+    unreadable or ill-typed array.
     """
     try:
         archive = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
@@ -47,6 +50,8 @@ def load_arrays(path: Path, expected: Mapping[str, tuple[str, int]]) -> dict[str
         raise BundleError(str(path), ["holds a bare array, expected a .npz archive"])
     arrays: dict[str, npt.NDArray[Any]] = {}
     with archive:
+        if optional and set(optional) & set(archive.files):
+            expected = {**expected, **optional}
         faults = [f"array {name!r}: unknown" for name in archive.files if name not in expected]
         for name, (dtype, ndim) in expected.items():
             try:

@@ -1,7 +1,8 @@
 """Text to unit vectors, for queries and items alike. Applies embedders; fitting them is training's.
 
 `HashedEmbedder` needs no pretrained weights: hashed character n-grams, each with a learned row of one matrix
-(spec §3.1). `OnnxEmbedder` runs an exported sentence encoder such as BGE. A folder's `config.json` says which.
+(spec §3.1). `OnnxEmbedder` runs an exported sentence encoder such as BGE. `KeywordEmbedder` mixes the keywords of a
+text into what either says of it (spec §3.2). A folder's `config.json` says which.
 """
 
 import json
@@ -17,12 +18,14 @@ from tokenizers import Tokenizer
 
 from onesearch.arrays import load_arrays, save_arrays, write_atomically
 from onesearch.errors import BundleError
+from onesearch.keywords import KeywordRules, load_keywords
 from onesearch.text import normalise
 
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
 
 FORMAT_VERSION = 1
+KHQE_EXCLUDED = ("Marketing", "Price", "Anchor")  # say nothing of what the item is
 _CHUNK = 128  # texts at once: the gathered feature rows stay in the processor's cache
 
 _SPACE = 32
@@ -251,6 +254,50 @@ class OnnxEmbedder:
         write_atomically(directory / "config.json", json.dumps(self._config, indent=2).encode())
 
 
+class KeywordEmbedder:
+    """KHQE: half the text's vector, half the mean of its keywords' vectors, L2-normalised (V1 Eq. 2, spec §3.2).
+
+    Keywords are the dictionary phrases found in the text, each once, of every type but `excluded`. A text without
+    keywords keeps its own vector, which has length 1 as well. Keyword vectors are the base embedder's.
+    """
+
+    def __init__(self, base: TextEmbedder, rules: KeywordRules, excluded: Sequence[str] = KHQE_EXCLUDED) -> None:
+        self._base, self._excluded = base, tuple(excluded)
+        self._rules = KeywordRules({p: t for p, t in rules.types.items() if t not in self._excluded})
+        self._row = {phrase: row for row, phrase in enumerate(sorted(self._rules.types))}
+        self._vectors = base.embed(list(self._row))
+
+    @property
+    def dim(self) -> int:
+        return self._base.dim
+
+    def embed(self, texts: Sequence[str]) -> Float32:
+        vectors = self._base.embed(texts)
+        for row, text in enumerate(texts):
+            found = dict.fromkeys(phrase for phrase, _ in self._rules.spans(normalise(text)))
+            if found:
+                vectors[row] = (vectors[row] + self._vectors[[self._row[p] for p in found]].mean(axis=0)) / 2
+        return _unit_rows(vectors, np.eye(1, self.dim, dtype=np.float32)[0])
+
+    def save(self, directory: Path) -> None:
+        base = directory / "base"
+        base.mkdir(parents=True, exist_ok=True)
+        self._base.save(base)
+        self._rules.save(directory / "keywords.json")
+        config = {"kind": "keyword", "version": FORMAT_VERSION, "excluded": list(self._excluded)}
+        write_atomically(directory / "config.json", json.dumps(config, indent=2).encode())
+
+    @classmethod
+    def load(cls, directory: Path, config: Mapping[str, Any]) -> Self:
+        """Read what `save` wrote. Raises BundleError listing every fault."""
+        faults = _config_faults(config, {"excluded": list})
+        if faults:
+            raise BundleError(str(directory / "config.json"), faults)
+        return cls(
+            open_embedder(directory / "base"), load_keywords(directory / "keywords.json"), config["excluded"]
+        )
+
+
 def open_embedder(directory: Path) -> TextEmbedder:
     """Open the embedder saved in `directory`. Raises BundleError listing every fault."""
     path = directory / "config.json"
@@ -258,12 +305,14 @@ def open_embedder(directory: Path) -> TextEmbedder:
         config = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise BundleError(str(path), [f"cannot be read as JSON: {error}"]) from error
-    if not isinstance(config, dict) or config.get("kind") not in ("hashed", "onnx"):
-        kind = config.get("kind") if isinstance(config, dict) else config
-        raise BundleError(str(path), [f"kind: {kind!r}, expected 'hashed' or 'onnx'"])
-    if config["kind"] == "hashed":
+    kind = config.get("kind") if isinstance(config, dict) else config
+    if kind == "hashed":
         return HashedEmbedder.load(directory, config)
-    return OnnxEmbedder(directory, config)
+    if kind == "onnx":
+        return OnnxEmbedder(directory, config)
+    if kind == "keyword":
+        return KeywordEmbedder.load(directory, config)
+    raise BundleError(str(path), [f"kind: {kind!r}, expected 'hashed', 'onnx' or 'keyword'"])
 
 
 def _config_faults(config: Mapping[str, Any], fields: Mapping[str, type]) -> list[str]:

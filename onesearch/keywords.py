@@ -1,15 +1,18 @@
 """Keyword rules: dictionary matches in a query, and keywords known for frequent queries.
 
-The dictionary maps a normalised phrase to its attribute type (18 types, spec §3.2). Matching is by whole words
-(by character for text without spaces), longest leftmost first, without overlaps, so `red` never matches inside
-`shredder`. The seed cache maps a normalised query to keywords made offline; it never saw the outcome of the
-request it is used for (spec §4.6.4).
+The dictionary maps a normalised phrase to its attribute type (18 types, spec §3.2). One Aho-Corasick pass finds all
+phrases; those that do not start and end at a word are dropped (a character of a script without spaces is a word),
+so `red` never matches inside `shredder`; overlaps go to the leftmost, then the longest. The seed cache maps
+a normalised query to keywords made offline; it never saw the outcome of the request it is used for (spec §4.6.4).
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+import ahocorasick
 import orjson
 
 from onesearch.errors import BundleError
@@ -20,7 +23,6 @@ KEYWORD_TYPES = (
     *("Scene", "Specifications", "Price", "Model", "Anchor", "Series", "Marketing", "Season", "Pattern"),
 )
 MAX_KEYWORDS = 8
-_MAX_PHRASE = 5
 
 
 @dataclass(frozen=True)
@@ -38,18 +40,28 @@ class KeywordRules:
 
     def spans(self, text: str) -> list[tuple[str, tuple[int, int]]]:
         """Phrases of the dictionary in normalised text with their character spans, longest leftmost first."""
+        if not self.types:
+            return []
         words = [m.span() for m in WORD.finditer(text)]
+        at_start, at_end = {start for start, _ in words}, {stop for _, stop in words}
+        hits = [(stop + 1 - size, stop + 1) for stop, size in self._automaton.iter(text)]
+        whole = [span for span in hits if span[0] in at_start and span[1] in at_end]
         found: list[tuple[str, tuple[int, int]]] = []
-        at = 0
-        while at < len(words):
-            length = min(_MAX_PHRASE, len(words) - at)
-            while length and text[words[at][0] : words[at + length - 1][1]] not in self.types:
-                length -= 1
-            if length:
-                span = (words[at][0], words[at + length - 1][1])
-                found.append((text[slice(*span)], span))
-            at += max(1, length)
+        free = 0
+        for start, stop in sorted(whole, key=lambda span: (span[0], -span[1])):
+            if start >= free:
+                found.append((text[start:stop], (start, stop)))
+                free = stop
         return found
+
+    @cached_property
+    def _automaton(self) -> Any:
+        """Aho-Corasick automaton of the phrases; a match yields its last position and the phrase's length."""
+        automaton = ahocorasick.Automaton()
+        for phrase in self.types:
+            automaton.add_word(phrase, len(phrase))
+        automaton.make_automaton()
+        return automaton
 
     def save(self, path: Path) -> None:
         """Write as JSON, sorted, so that equal rules give equal bytes."""

@@ -62,18 +62,55 @@ def pack_prefix(codes: npt.NDArray[Any], sizes: Sequence[int]) -> Int64:
 
 
 @dataclass(frozen=True, eq=False)
+class ParentCodebooks:
+    """Third-level centroids of each (a, b) parent of its own (spec §3.3): P used parents, C centroids in all.
+
+    parents: int64 [P], a·k2 + b, ascending. starts: int64 [P + 1]; parent p owns centroids starts[p] … starts[p + 1],
+    whose local numbers are the codes. centroids: float32 [C, dim]. Sparse: nothing is kept for unused parents.
+    """
+
+    parents: Int64
+    starts: Int64
+    centroids: Float32
+
+    def rows(self, parents: Int64, codes: npt.NDArray[np.uint16]) -> Int64:
+        """Row in `centroids` of each (parent, local code), int64 [N]; -1 where the parent has no such code."""
+        at = np.minimum(np.searchsorted(self.parents, parents), len(self.parents) - 1)
+        rows = self.starts[at] + codes
+        known = (self.parents[at] == parents) & (rows < self.starts[at + 1])
+        return np.where(known, rows, -1)
+
+    def faults(self, dim: int, size: int) -> list[str]:
+        """What is wrong with the arrays for vectors of width `dim` and a third level of `size` codes."""
+        counts = np.diff(self.starts)
+        fits = len(self.starts) == len(self.parents) + 1 and self.starts[0] == 0
+        if (
+            not fits
+            or counts.min(initial=1) < 1
+            or counts.max(initial=1) > size
+            or (np.diff(self.parents) < 1).any()
+        ):
+            return [f"parent_starts: do not give each of {len(self.parents)} parents 1..{size} centroids"]
+        if self.centroids.shape != (self.starts[-1], dim):
+            return [f"parent_centroids: shape {self.centroids.shape}, expected {(int(self.starts[-1]), dim)}"]
+        return []
+
+
+@dataclass(frozen=True, eq=False)
 class Codebooks:
     """Frozen centroids. rq: three float32 [k, dim]; rotation: float32 [dim, dim], orthogonal; opq: two [k, dim/2].
 
+    third: codebooks of the third level for each parent of its own; parents it does not know use rq[2].
     Raises ConfigError listing every fault of the arrays.
     """
 
     rq: tuple[Float32, ...]
     rotation: Float32
     opq: tuple[Float32, ...]
+    third: ParentCodebooks | None = None
 
     def __post_init__(self) -> None:
-        faults = _faults(self.rq, self.rotation, self.opq)
+        faults = _faults(self.rq, self.rotation, self.opq, self.third)
         if faults:
             raise ConfigError("codebooks: " + "; ".join(faults))
 
@@ -102,9 +139,9 @@ class Codebooks:
         codes = np.empty((len(residual), RQ_LEVELS + OPQ_CODES), dtype=np.uint16)
         for level, search in enumerate(self._rq_search):
             codes[:, level] = search.nearest(residual)
-            if capacity is not None and level == RQ_LEVELS - 1:
-                codes[:, level] = self._spill(residual, codes, capacity)
-            residual = residual - self.rq[level][codes[:, level]]
+            if level == RQ_LEVELS - 1:
+                codes[:, level] = self._third_codes(residual, codes, capacity)
+            residual = residual - self._centroids(codes, level)
         codes[:, RQ_LEVELS:] = self.opq_codes(residual)
         return codes
 
@@ -119,7 +156,7 @@ class Codebooks:
         """What the first codes of each row, [N, t] with t ≤ 3, leave of the embeddings, float32 [N, dim]."""
         residual = embeddings
         for level in range(codes.shape[1]):
-            residual = residual - self.rq[level][codes[:, level]]
+            residual = residual - self._centroids(codes, level)
         return residual
 
     def decode(self, codes: Codes) -> Float32:
@@ -130,24 +167,47 @@ class Codebooks:
 
     def level_vectors(self, codes: Codes) -> Float32:
         """Codes [N, 5] → the centroid of each RQ level, float32 [N, 3, dim] (history vectors, spec §3.6)."""
-        return np.stack([centroids[codes[:, level]] for level, centroids in enumerate(self.rq)], axis=1)
+        return np.stack([self._centroids(codes, level) for level in range(RQ_LEVELS)], axis=1)
 
     def save(self, path: Path) -> None:
         """Write one `.npz` atomically; equal codebooks give equal bytes."""
-        save_arrays(path, {name: array for name, array in zip(_NAMES, self._arrays(), strict=True)})
+        save_arrays(path, self._arrays())
 
     @classmethod
     def load(cls, path: Path) -> Self:
         """Read what `save` wrote. Raises BundleError listing every fault."""
-        arrays = load_arrays(path, dict.fromkeys(_NAMES, ("float32", 2)))
+        arrays = load_arrays(path, dict.fromkeys(_NAMES, ("float32", 2)), _PARENT_ARRAYS)
         rq, rotation, opq = [arrays[n] for n in _NAMES[:3]], arrays["rotation"], [arrays[n] for n in _NAMES[4:]]
-        faults = _faults(rq, rotation, opq)
+        own = [arrays[name] for name in _PARENT_ARRAYS if name in arrays]
+        third = ParentCodebooks(*own) if own else None
+        faults = _faults(rq, rotation, opq, third)
         if faults:
             raise BundleError(str(path), faults)
-        return cls(tuple(rq), rotation, tuple(opq))
+        return cls(tuple(rq), rotation, tuple(opq), third)
 
-    def _arrays(self) -> tuple[Float32, ...]:
-        return (*self.rq, self.rotation, *self.opq)
+    def _arrays(self) -> dict[str, npt.NDArray[Any]]:
+        shared = dict(zip(_NAMES, (*self.rq, self.rotation, *self.opq), strict=True))
+        if self.third is None:
+            return shared
+        own = (self.third.parents, self.third.starts, self.third.centroids)
+        return shared | dict(zip(_PARENT_ARRAYS, own, strict=True))
+
+    def _centroids(self, codes: npt.NDArray[Any], level: int) -> Float32:
+        """Centroid of one RQ level for codes [N, > level], float32 [N, dim]."""
+        vectors: Float32 = self.rq[level][codes[:, level]]
+        if self.third is not None and level == RQ_LEVELS - 1:
+            rows = self.third.rows(self._parents(codes), codes[:, level])
+            vectors[rows >= 0] = self.third.centroids[rows[rows >= 0]]
+        return vectors
+
+    def _parents(self, codes: npt.NDArray[Any]) -> Int64:
+        return np.asarray(codes[:, 0].astype(np.int64) * len(self.rq[1]) + codes[:, 1])
+
+    def _third_codes(self, residual: Float32, codes: Codes, capacity: Capacity | None) -> npt.NDArray[np.uint16]:
+        """Third-level codes uint16 [N] of what two levels leave; `codes` already holds the nearest shared ones."""
+        if self.third is not None:
+            return nearest_of_parent(residual, self._parents(codes), self.third, codes[:, RQ_LEVELS - 1])
+        return codes[:, RQ_LEVELS - 1] if capacity is None else self._spill(residual, codes, capacity)
 
     @cached_property
     def _rq_search(self) -> tuple["NearestCentroid", ...]:
@@ -167,7 +227,7 @@ class Codebooks:
 
     def _spill(self, residual: Float32, codes: Codes, capacity: Capacity) -> npt.NDArray[np.uint16]:
         """Third-level codes of new items under a capacity; a parent whose codes are all full takes the nearest."""
-        parents = codes[:, 0].astype(np.int64) * self.sizes[1] + codes[:, 1]
+        parents = self._parents(codes)
         search, chosen = self._rq_search[RQ_LEVELS - 1], codes[:, RQ_LEVELS - 1].copy()
         used: dict[int, Int64] = {}
         seen: dict[tuple[int, bytes], int] = {}
@@ -182,6 +242,21 @@ class Codebooks:
                 counts[seen[key]] += 1
             chosen[row] = seen[key]
         return chosen
+
+
+def nearest_of_parent(
+    residual: Float32, parents: Int64, third: ParentCodebooks, otherwise: npt.NDArray[np.uint16]
+) -> npt.NDArray[np.uint16]:
+    """Nearest local code of each row in its parent's own codebook, uint16 [N]; `otherwise` where it has none."""
+    chosen = otherwise.copy()
+    order = np.argsort(parents, kind="stable")
+    ids, starts = np.unique(parents[order], return_index=True)
+    at = np.minimum(np.searchsorted(third.parents, ids), len(third.parents) - 1)
+    for group, own, known in zip(np.split(order, starts[1:]), at, third.parents[at] == ids, strict=True):
+        if known:
+            centroids = third.centroids[third.starts[own] : third.starts[own + 1]]
+            chosen[group] = NearestCentroid(centroids).nearest(residual[group])
+    return chosen
 
 
 class NearestCentroid:
@@ -204,9 +279,12 @@ class NearestCentroid:
 
 
 _NAMES = ("rq0", "rq1", "rq2", "rotation", "opq0", "opq1")
+_PARENT_ARRAYS = {"parents": ("int64", 1), "parent_starts": ("int64", 1), "parent_centroids": ("float32", 2)}
 
 
-def _faults(rq: Sequence[Float32], rotation: Float32, opq: Sequence[Float32]) -> list[str]:
+def _faults(
+    rq: Sequence[Float32], rotation: Float32, opq: Sequence[Float32], third: ParentCodebooks | None = None
+) -> list[str]:
     dim = rotation.shape[0]
     faults = []
     if (len(rq), len(opq)) != (RQ_LEVELS, OPQ_CODES):
@@ -222,4 +300,4 @@ def _faults(rq: Sequence[Float32], rotation: Float32, opq: Sequence[Float32]) ->
             faults.append(f"{name}: shape {centroids.shape}, expected [1..65535, {width}]")
         if centroids.dtype != np.float32 or not np.isfinite(centroids).all():
             faults.append(f"{name}: {centroids.dtype}, expected finite float32")
-    return faults
+    return faults + (third.faults(dim, len(rq[-1])) if third and not faults else [])

@@ -2,13 +2,14 @@
 
 import tracemalloc
 from dataclasses import replace
+from pathlib import Path
 
 import faiss
 import numpy as np
 import pytest
 
 from onesearch.errors import ConfigError
-from onesearch.quantizer import Capacity, Codebooks, NearestCentroid, capacity_limit
+from onesearch.quantizer import Capacity, Codebooks, NearestCentroid, ParentCodebooks, capacity_limit
 from training.codebooks import CodebookConfig, balanced_codes, fit_codebooks, fit_opq
 from training.sid_metrics import prefix_agreement, sid_report
 
@@ -55,7 +56,7 @@ def test_training_items_encode_to_their_codes_except_where_balanced(
 ) -> None:
     books, codes = fitted
     assert (books.encode(items)[:, :2] == codes[:, :2]).all()
-    plain, plain_codes = fit_codebooks(items, clustered(300, 2), replace(CONFIG, balanced=False))
+    plain, plain_codes = fit_codebooks(items, clustered(300, 2), replace(CONFIG, third="plain"))
     assert (plain.encode(items) == plain_codes).all()
     assert (plain_codes[:, 2] != codes[:, 2]).any()
 
@@ -73,7 +74,7 @@ def test_no_third_level_code_holds_more_than_its_share_of_a_parent(
     items: np.ndarray, fitted: tuple[Codebooks, np.ndarray]
 ) -> None:
     codes = fitted[1][:850]  # the distinct items
-    plain = fit_codebooks(items, clustered(300, 2), replace(CONFIG, balanced=False))[1][:850]
+    plain = fit_codebooks(items, clustered(300, 2), replace(CONFIG, third="plain"))[1][:850]
     overfull = 0
     for parent in np.unique(codes[:, :2], axis=0):
         held = np.bincount(codes[(codes[:, :2] == parent).all(axis=1), 2])
@@ -85,6 +86,53 @@ def test_no_third_level_code_holds_more_than_its_share_of_a_parent(
 
 def test_exact_duplicates_share_their_whole_identifier(fitted: tuple[Codebooks, np.ndarray]) -> None:
     assert (fitted[1][850:] == fitted[1][:50]).all()
+
+
+def test_codebooks_of_parents_are_local_sparse_and_survive_the_file(items: np.ndarray, tmp_path: Path) -> None:
+    books, codes = fit_codebooks(items, clustered(300, 2), replace(CONFIG, third="per_parent"))
+    assert books.third is not None
+    assert (codes < np.array(CONFIG.sizes)).all() and (books.encode(items) == codes).all()
+    assert (codes[850:] == codes[:50]).all()
+    counts = np.diff(books.third.starts)
+    assert counts.max() <= CONFIG.sizes[2] and len(books.third.centroids) == counts.sum() < 12 * 8 * 6
+    joint = books.encode(np.concatenate([items, clustered(300, 2)]))
+    for parent, count in zip(books.third.parents.tolist(), counts.tolist(), strict=True):
+        distinct = len(np.unique(joint[(joint[:, 0] * 8 + joint[:, 1]) == parent, 2]))
+        assert distinct <= count  # a local codebook never emits a code of another parent
+    plain = fit_codebooks(items, clustered(300, 2), replace(CONFIG, third="plain"))[0]
+    left = [np.square(b.residual(items, b.encode(items)[:, :3])).sum() for b in (books, plain)]
+    assert left[0] < left[1]
+    books.save(tmp_path / "codebooks.npz")
+    loaded = Codebooks.load(tmp_path / "codebooks.npz")
+    unseen = clustered(200, 3)
+    assert (loaded.encode(unseen) == books.encode(unseen)).all()
+    assert (loaded.level_vectors(codes) == books.level_vectors(codes)).all()
+
+
+def test_a_parent_never_seen_uses_the_shared_third_level(items: np.ndarray) -> None:
+    books = fit_codebooks(items, clustered(300, 2), replace(CONFIG, third="per_parent"))[0]
+    assert books.third is not None
+    one = ParentCodebooks(
+        books.third.parents[:1], books.third.starts[:2], books.third.centroids[: books.third.starts[1]]
+    )
+    unseen = clustered(200, 3)
+    shared = Codebooks(books.rq, books.rotation, books.opq).encode(unseen)
+    mixed = Codebooks(books.rq, books.rotation, books.opq, one).encode(unseen)
+    elsewhere = shared[:, 0].astype(int) * 8 + shared[:, 1] != one.parents[0]
+    assert elsewhere.any() and (mixed[elsewhere] == shared[elsewhere]).all()
+
+
+def test_damaged_codebooks_of_parents_are_refused(items: np.ndarray) -> None:
+    books = fit_codebooks(items, clustered(300, 2), replace(CONFIG, third="per_parent"))[0]
+    third = books.third
+    assert third is not None
+    for wrong, message in (
+        (ParentCodebooks(third.parents[::-1], third.starts, third.centroids), "parent_starts"),
+        (ParentCodebooks(third.parents, third.starts[:-1], third.centroids), "parent_starts"),
+        (ParentCodebooks(third.parents, third.starts, third.centroids[:-1]), "parent_centroids"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            Codebooks(books.rq, books.rotation, books.opq, wrong)
 
 
 def test_the_member_with_most_to_lose_keeps_its_nearest_code() -> None:

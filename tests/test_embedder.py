@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from onesearch.embedder import HashedEmbedder, hash_features, open_embedder
+from onesearch.embedder import HashedEmbedder, KeywordEmbedder, hash_features, open_embedder
 from onesearch.errors import BundleError, ConfigError
+from onesearch.keywords import KeywordRules
 from training.embedder import ClickPairs, EmbedderConfig, fit_embedder
 
 TEXTS = [
@@ -178,3 +179,22 @@ def test_wrong_settings_name_the_key_and_the_value() -> None:
         EmbedderConfig(batch=0)
     with pytest.raises(ConfigError, match="texts"):
         fit_embedder([], None, SMALL)
+
+
+def test_keywords_pull_a_text_half_way_and_excluded_types_do_not(embedder: HashedEmbedder, tmp_path: Path) -> None:
+    rules = KeywordRules({"running shoes": "Entity", "red": "Color", "bestseller": "Marketing"})
+    enhanced = KeywordEmbedder(embedder, rules)
+    text = "bestseller red running shoes, red"
+    own, red, shoes = embedder.embed([text, "red", "running shoes"])
+    expected = own / 2 + (red + shoes) / 4  # V1 Eq. 2: half the text, half the mean of its keywords
+    np.testing.assert_allclose(enhanced.embed([text])[0], expected / np.linalg.norm(expected), atol=1e-6)
+    np.testing.assert_allclose(enhanced.embed(["shredder"]), embedder.embed(["shredder"]), atol=1e-6)
+    enhanced.save(tmp_path / "khqe")
+    opened = open_embedder(tmp_path / "khqe")
+    assert (opened.embed([text, "shredder", ""]) == enhanced.embed([text, "shredder", ""])).all()
+    assert enhanced.embed([]).shape == (0, 16)
+    assert (KeywordEmbedder(embedder, KeywordRules()).embed([text]) == embedder.embed([text])).all()
+    config = json.loads((tmp_path / "khqe" / "config.json").read_text())
+    (tmp_path / "khqe" / "config.json").write_text(json.dumps(config | {"excluded": "Marketing"}))
+    with pytest.raises(BundleError, match="excluded"):
+        open_embedder(tmp_path / "khqe")

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from onesearch.errors import BundleError
 from onesearch.keywords import MAX_KEYWORDS, KeywordRules, load_keywords
+from onesearch.text import WORD
 
 RULES = KeywordRules(
     {
@@ -17,6 +18,8 @@ RULES = KeywordRules(
         "glass": "Material",
         "跑鞋": "Entity",
         "t-shirt": "Entity",
+        "不锈钢保温水杯": "Entity",
+        "保温": "Function",
     },
     {"hotel essentials": ("slippers", "towels")},
 )
@@ -32,7 +35,10 @@ RULES = KeywordRules(
         ("红色跑鞋男", ("跑鞋",)),
         ("blue t-shirt", ("t-shirt",)),
         ("Hotel  Essentials", ("slippers", "towels")),
+        ("不锈钢保温水杯大容量", ("不锈钢保温水杯",)),
+        ("red-wine", ("red",)),
         ("", ()),
+        ("?!", ()),
     ],
 )
 def test_matches(query: str, expected: tuple[str, ...]) -> None:
@@ -48,6 +54,20 @@ def test_spans_are_ordered_disjoint_and_spell_their_phrase(words: list[str]) -> 
         assert start >= end
         assert text[start:stop] == phrase
         end = stop
+
+
+@given(st.lists(st.sampled_from(["red", "wine", "glass", "x", "shredder", "跑", "鞋", "跑鞋"]), max_size=10))
+def test_spans_equal_the_definition(words: list[str]) -> None:
+    """Leftmost, then longest, among all phrases that start and end at a word: found by trying every span."""
+    text = " ".join(words)
+    bounds = [m.span() for m in WORD.finditer(text)]
+    at, expected = 0, []
+    for start, _ in bounds:
+        stops = [e for _, e in bounds if e > start and text[start:e] in RULES.types]
+        if start >= at and stops:
+            at = max(stops)
+            expected.append((text[start:at], (start, at)))
+    assert RULES.spans(text) == expected
 
 
 def test_at_most_eight_keywords() -> None:

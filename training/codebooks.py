@@ -1,39 +1,56 @@
 """Stage 1: fit the SID codebooks on queries and items together, and give every item its SID (spec §3.3-3.4).
 
-Three k-means levels on residuals; the third is shared but assigned to items under a capacity inside each (a, b)
-parent, which is what lifts the share of items that own their SID; then OPQ with two codes on what is left.
+Three k-means levels on residuals. The third comes in three forms: `plain` k-means; `balanced`, one shared codebook
+assigned to items under a capacity inside each (a, b) parent, which lifts the share of items that own their SID; and
+`per_parent`, a small codebook inside each parent. Then OPQ with two codes on what is left.
 N points (items first, then queries), k codes of a level, dim width of the embeddings.
 """
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import faiss
 import numpy as np
 import numpy.typing as npt
 
 from onesearch.errors import ConfigError
-from onesearch.quantizer import Codebooks, Float32, Int64, NearestCentroid, capacity_limit
+from onesearch.quantizer import (
+    Codebooks,
+    Float32,
+    Int64,
+    NearestCentroid,
+    ParentCodebooks,
+    capacity_limit,
+    nearest_of_parent,
+)
 from onesearch.sid import OPQ_CODES, RQ_LEVELS, Codes, SidSpec
 from training.progress import StageProgress
 
 _POINTS_PER_CENTROID = 10_000
 _OPQ_POINTS = 200_000
+_MEMBERS_PER_CODE = (
+    4  # fewer members than that would own a code each and leave the OPQ nothing to code (spec §10 B16)
+)
+
+Third = Literal["plain", "balanced", "per_parent"]
 
 
 @dataclass(frozen=True)
 class CodebookConfig:
-    """Codes per level, k-means iterations, and the slack of the balanced third level."""
+    """Codes per level, k-means iterations, the form of the third level and the slack of its balance."""
 
     sizes: tuple[int, ...] = (128, 64, 32, 64, 64)
     iterations: int = 25
     slack: float = 0.1
-    balanced: bool = True
+    third: Third = "balanced"
     seed: int = 0
 
     def __post_init__(self) -> None:
         SidSpec(self.sizes)
         if self.iterations < 1:
             raise ConfigError(f"codebooks iterations: {self.iterations}, expected at least 1")
+        if self.third not in get_args(Third):
+            raise ConfigError(f"codebooks third: {self.third!r}, expected one of {', '.join(get_args(Third))}")
         if self.slack < 0:
             raise ConfigError(f"codebooks slack: {self.slack}, expected 0 or more")
 
@@ -52,19 +69,40 @@ def fit_codebooks(
     points = _joined(item_embeddings, query_embeddings)
     items = len(item_embeddings)
     codes = np.empty((len(points), RQ_LEVELS), dtype=np.uint16)
-    residual, levels = points, []
+    residual, levels, own = points, [], None
     for level in range(RQ_LEVELS):
         centroids = _kmeans(residual, config.sizes[level], config.iterations, config.seed + level)
-        codes[:, level] = NearestCentroid(centroids).nearest(residual)
-        if config.balanced and level == RQ_LEVELS - 1:
-            parents = codes[:items, 0].astype(np.int64) * config.sizes[1] + codes[:items, 1]
-            codes[:items, level] = balanced_codes(residual[:items], parents, centroids, config.slack)
-        residual = residual - centroids[codes[:, level]]
         levels.append(centroids)
+        codes[:, level] = NearestCentroid(centroids).nearest(residual)
+        if level == RQ_LEVELS - 1:
+            parents = codes[:, 0].astype(np.int64) * config.sizes[1] + codes[:, 1]
+            if config.third == "balanced":
+                codes[:items, level] = balanced_codes(residual[:items], parents[:items], centroids, config.slack)
+            elif config.third == "per_parent":
+                own = _parent_codebooks(residual, parents, config)
+                codes[:, level] = nearest_of_parent(residual, parents, own, codes[:, level])
+                centroids = own.centroids
+        residual = residual - centroids[codes[:, level] if own is None else own.rows(parents, codes[:, level])]
         progress("residual k-means", level + 1, RQ_LEVELS)
     rotation, opq = fit_opq(residual, config.sizes[RQ_LEVELS:], config, progress)
-    codebooks = Codebooks(tuple(levels), rotation, opq)
+    codebooks = Codebooks(tuple(levels), rotation, opq, own)
     return codebooks, np.concatenate([codes[:items], codebooks.opq_codes(residual[:items])], axis=1)
+
+
+def _parent_codebooks(residual: Float32, parents: Int64, config: CodebookConfig) -> ParentCodebooks:
+    """k-means inside every used (a, b) parent, one code for _MEMBERS_PER_CODE distinct members, at most k3 codes."""
+    order = np.argsort(parents, kind="stable")
+    ids, starts = np.unique(parents[order], return_index=True)
+    books = []
+    for group in np.split(order, starts[1:]):
+        members = residual[group][_distinct_rows(residual[group])[0]]
+        size = min(config.sizes[RQ_LEVELS - 1], -(-len(members) // _MEMBERS_PER_CODE))
+        alone = size == 1
+        books.append(
+            members.mean(axis=0)[None] if alone else _kmeans(members, size, config.iterations, config.seed)
+        )
+    counts = np.asarray([len(book) for book in books], dtype=np.int64)
+    return ParentCodebooks(ids, np.concatenate([[0], np.cumsum(counts)]), np.concatenate(books).astype(np.float32))
 
 
 def balanced_codes(residual: Float32, parents: Int64, centroids: Float32, slack: float) -> npt.NDArray[np.uint16]:

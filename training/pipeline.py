@@ -22,7 +22,7 @@ from onesearch import __version__
 from onesearch.arrays import write_atomically
 from onesearch.bundle import SCHEMA_VERSION, Bundle, Manifest, open_parts, sha256
 from onesearch.context import SearchContext
-from onesearch.embedder import TextEmbedder
+from onesearch.embedder import KeywordEmbedder, TextEmbedder
 from onesearch.errors import BundleError, OneSearchError
 from training.bootstrap import with_queries
 from training.codebooks import fit_codebooks
@@ -89,18 +89,20 @@ def _fit_identifiers(recipe: Recipe, tables: Tables, views: Sequence[PageView], 
     items = catalog_items(tables.items)
     queries = list(dict.fromkeys(view.context.query for view in views))
     texts = [*(item.text() for item in items), *queries]
-    pairs = _click_pairs([item.item_id for item in items], queries, views, recipe.seed)
+    pairs = click_pairs([item.item_id for item in items], queries, views, recipe.seed)
     progress = StageMeters()
     exported = folder.with_name(f".{folder.name}.encoder")
     if recipe.data.sentence_encoder:
         embedder: TextEmbedder = export_sentence_encoder(Path(recipe.data.sentence_encoder), exported)
     else:
         embedder = fit_embedder(texts, pairs, recipe.embedder, progress)
+    keywords = mine_keywords(tables.items, views, recipe.data.min_keyword_items)
+    if recipe.data.khqe:
+        embedder = KeywordEmbedder(embedder, keywords)
     vectors = embedder.embed(texts)
     item_vectors, query_vectors = vectors[: len(items)], vectors[len(items) :]
     codebooks, item_sids = fit_codebooks(item_vectors, query_vectors, recipe.codebooks, progress)
     progress.close()
-    keywords = mine_keywords(tables.items, views, recipe.data.min_keyword_items)
     profiles = sorted({view.context.profile for view in views})
     corpus = [
         *tables.items["item_title"],
@@ -128,7 +130,7 @@ def _fit_identifiers(recipe: Recipe, tables: Tables, views: Sequence[PageView], 
     _console.print(f"identifiers: {len(items)} items, {len(queries)} queries; {orjson.dumps(report).decode()}")
 
 
-def _click_pairs(
+def click_pairs(
     item_ids: Sequence[int], queries: Sequence[str], views: Sequence[PageView], seed: int
 ) -> ClickPairs:
     """One row per (page view, clicked item), with an item of the same page one step down the funnel if any."""

@@ -21,6 +21,7 @@ class DataConfig:
     many items. keyword_share: share of page views whose prompt shows keywords (spec §4.4 `kw_mix`).
     anonymous_share: share of page views whose prompt hides the user, as for visitors who are not known.
     sentence_encoder: a local sentence-transformers folder (BGE, say) to embed texts with, instead of [embedder].
+    khqe: mix the keywords of a text into its vector before it gets a SID (spec §3.2).
     """
 
     bootstrap: bool = False
@@ -28,6 +29,7 @@ class DataConfig:
     keyword_share: float = 0.0
     anonymous_share: float = 0.0
     sentence_encoder: str = ""
+    khqe: bool = False
 
 
 @dataclass(frozen=True)
