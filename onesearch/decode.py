@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from onesearch.errors import ConfigError, DecodeError
-from trie import EdgeMask, SidTrie
+from trie import AnyMask, AnyTrie
 
 Score = Literal["level", "legal"]
 
@@ -23,16 +23,24 @@ class BeamConfig:
     `score="level"`: log-softmax over all codes of the level, illegal codes then dropped: the model's own
     conditional. `score="legal"`: renormalised over the legal children, so a forced code costs nothing and beams with
     a single legal completion need no further model calls.
+
+    `early_stop=n` > 0 asks the model for the last level in calls of n rows, best beams first, and stops when no beam
+    that is left can reach the results: scores never rise along a path. The answer is the same.
     """
 
     width: int = 512
     top_n: int = 50
     score: Score = "level"
+    early_stop: int = 0
 
     def __post_init__(self) -> None:
-        for name, value in (("width", self.width), ("top_n", self.top_n)):
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
-                raise ConfigError(f"beam {name}: {value!r} is not an integer in 1..2147483647")
+        for name, value, least in (
+            ("width", self.width, 1),
+            ("top_n", self.top_n, 1),
+            ("early_stop", self.early_stop, 0),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**31:
+                raise ConfigError(f"beam {name}: {value!r} is not an integer in {least}..2147483647")
         if self.top_n > self.width:
             raise ConfigError(f"beam top_n: {self.top_n} is more than width {self.width}")
         if self.score not in get_args(Score):
@@ -61,26 +69,28 @@ class StepFn(Protocol):
     ) -> npt.NDArray[np.float32]:
         """Raw logits of level t, float32 [K, sizes[t]], for the prefixes codes [K, t], in code order.
 
-        parents [K] are the row numbers these prefixes had, one code shorter, in the *previous* call of this search:
-        gather beam state with them. The first call has codes [1, 0] and parents [0].
+        parents [K] are the row numbers these prefixes had, one code shorter, in the call for the *previous level*:
+        gather beam state with them. The first call has codes [1, 0] and parents [0]. With `early_stop` the last
+        level takes several calls, each with other prefixes; no state of that level is asked for again.
         """
         ...
 
 
-def beam_search(step: StepFn, trie: SidTrie, config: BeamConfig, mask: EdgeMask | None = None) -> BeamResult:
-    """The `top_n` best legal SIDs under `step`; `mask` (from `SidTrie.subset`) restricts what is legal.
+def beam_search(step: StepFn, trie: AnyTrie, config: BeamConfig, mask: AnyMask | None = None) -> BeamResult:
+    """The `top_n` best legal SIDs under `step`; `mask` (from `trie.subset`) restricts what is legal.
 
     Exact: equal to brute force over all legal SIDs whenever the width covers them, and never less than
-    min(top_n, width, legal SIDs) results. `step` is called at most once per level, and not at all for beams whose
-    score cannot change any more (`score="legal"`). Raises DecodeError for logits of a wrong type or shape or with
-    any value that is not finite; ValueError for a mask of another trie.
+    min(top_n, width, legal SIDs) results. `step` is called at most once per level (`early_stop` aside), and not at
+    all for beams whose score cannot change any more (`score="legal"`). Raises DecodeError for logits of a wrong type
+    or shape or with any value that is not finite; ValueError for a mask of another trie.
     """
-    beam = trie.beam(config.width, config.top_n, legal=config.score == "legal", mask=mask)
-    for level, size in enumerate(trie.sizes):
+    beam = trie.beam(config.width, config.top_n, legal=config.score == "legal", mask=mask, chunk=config.early_stop)
+    while beam.level < trie.levels:
+        level = beam.level
         if beam.rows:
-            logits = _checked(step(beam.codes(), beam.parents()), (beam.rows, size), level)
+            logits = _checked(step(beam.codes(), beam.parents()), (beam.rows, trie.sizes[level]), level)
         else:
-            logits = np.empty((0, size), dtype=np.float32)
+            logits = np.empty((0, trie.sizes[level]), dtype=np.float32)
         try:
             beam.advance(logits)
         except ValueError as error:

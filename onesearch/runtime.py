@@ -13,7 +13,7 @@ import numpy.typing as npt
 from onesearch.decode import StepFn
 from onesearch.errors import ConfigError
 from onesearch.sequence import Prompt
-from onesearch.sid import Codes, SidVocab
+from onesearch.sid import LEVELS, Codes, SidVocab
 
 Ids = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]
@@ -42,9 +42,10 @@ class BeamSteps(Generic[State]):
         self._level = 0
 
     def __call__(self, codes: Codes, parents: Ids, /) -> Logits:
-        """Logits float32 [K, sizes[t]] after codes uint16 [K, t]; parents int64 [K] are rows of the last call.
+        """Logits float32 [K, sizes[t]] after codes uint16 [K, t]; parents int64 [K] are rows of level t - 1.
 
-        Raises ValueError unless t is 0 on the first call and one more on every next call.
+        Raises ValueError unless t is 0 on the first call and one more on every next call. Only the last level may
+        be asked several times, each time with rows of its own: nothing of it is kept.
         """
         if codes.shape[1] != self._level:
             raise ValueError(f"codes have {codes.shape[1]} levels, expected {self._level} on this call")
@@ -52,8 +53,9 @@ class BeamSteps(Generic[State]):
         if self._level:
             tokens = np.ascontiguousarray(self._vocab.token_ids(codes)[:, -1])
         head = np.arange(*self._vocab.level_range(self._level))
-        logits, self._state = self._run(tokens, np.ascontiguousarray(parents, np.int64), head, self._state)
-        self._level += 1
+        logits, state = self._run(tokens, np.ascontiguousarray(parents, np.int64), head, self._state)
+        if self._level + 1 < LEVELS:
+            self._level, self._state = self._level + 1, state
         return logits
 
 

@@ -89,12 +89,12 @@ def test_a_beam_that_covers_the_catalog_equals_brute_force(score, problem):
 
 
 @pytest.mark.parametrize("score", SCORES)
-@given(problem=problems(), width=st.integers(1, 20), top_n=st.integers(1, 20))
+@given(problem=problems(), width=st.integers(1, 20), top_n=st.integers(1, 20), early_stop=st.integers(0, 6))
 @settings(max_examples=100, deadline=None)
-def test_pruned_beams_equal_the_reference_search(score, problem, width, top_n):
+def test_pruned_beams_equal_the_reference_search(score, problem, width, top_n, early_stop):
     trie, mask, _, model = problem
     top_n = min(top_n, width)
-    result = run(model, trie, BeamConfig(width, top_n, score), mask)
+    result = run(model, trie, BeamConfig(width, top_n, score, early_stop), mask)
     plain = reference.build(trie.sids(), trie.sizes)
     expected = reference.beam_search(model, plain, width, top_n, score == "legal", mask)
     assert result.codes.tolist() == expected.codes.tolist()
@@ -142,6 +142,23 @@ def test_parents_are_rows_of_the_previous_call(score):
     for (before, _), (codes, parents) in zip(model.calls, model.calls[1:], strict=False):
         assert np.array_equal(before[parents], codes[:, :-1])
         assert np.array_equal(codes, np.unique(codes, axis=0))  # code order, no prefix twice
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_early_stop_finds_the_same_with_fewer_rows(score):
+    sizes = (20, 10, 10, 10)
+    rng = np.random.default_rng(0)
+    trie = SidTrie.build(np.stack([rng.integers(0, size, 3000) for size in sizes], axis=1), sizes)
+    full, chunked = Model(sizes), Model(sizes)
+    expected = beam_search(full, trie, BeamConfig(200, 10, score))
+    found = beam_search(chunked, trie, BeamConfig(200, 10, score, early_stop=16))
+    assert found.scores.tobytes() == expected.scores.tobytes()
+    assert found.codes.tolist() == expected.codes.tolist()
+    before, last = chunked.calls[2], chunked.calls[3:]
+    assert all(len(codes) <= 16 for codes, _ in last)
+    assert sum(len(codes) for codes, _ in last) < len(full.calls[3][0]) / 2
+    for codes, parents in last:
+        assert np.array_equal(before[0][parents], codes[:, :-1])
 
 
 def test_legal_scores_ask_only_for_beams_that_can_still_branch():
@@ -309,6 +326,7 @@ def test_a_mask_of_another_trie_is_refused():
         ({"width": 2**31}, "width: 2147483648"),
         ({"top_n": 0}, "top_n: 0"),
         ({"top_n": 513}, "top_n: 513 is more than width 512"),
+        ({"early_stop": -1}, "early_stop: -1 is not an integer in 0"),
         ({"score": "sum"}, "score: 'sum' is not one of level, legal"),
     ],
 )

@@ -7,6 +7,7 @@ from tiny import tiny_prompt
 from tiny_bundle import CODEBOOKS
 
 from onesearch.bundle import open_bundle
+from onesearch.decode import BeamConfig, beam_search
 from onesearch.errors import ConfigError
 from onesearch.model import TorchDecoder, open_model
 from onesearch.runtime import OnnxDecoder
@@ -45,6 +46,15 @@ def test_graphs_equal_the_torch_decoder_at_every_level(exported, renderer, graph
             for a, b in zip(expected, found, strict=True):
                 assert b.dtype == np.float32 and b.flags.c_contiguous and b.shape == a.shape
                 np.testing.assert_allclose(b, a, atol=1e-4 * np.abs(a).max())
+
+
+def test_an_early_stop_of_the_real_graphs_changes_nothing(exported, renderer, graphs):
+    decoder, trie = OnnxDecoder(graphs, renderer.sids, renderer.bos, 1), open_bundle(exported[0]).trie
+    prompt = tiny_prompt(renderer)
+    expected = beam_search(decoder.start(prompt), trie, BeamConfig(32, 5))
+    found = beam_search(decoder.start(prompt), trie, BeamConfig(32, 5, early_stop=4))
+    assert found.codes.tolist() == expected.codes.tolist()
+    np.testing.assert_allclose(found.scores, expected.scores, atol=1e-5)
 
 
 def test_int8_is_close_but_not_the_same(renderer, graphs):

@@ -55,8 +55,8 @@ def test_every_query_equals_the_reference(catalog, random):
 @settings(max_examples=30, deadline=None)
 def test_the_order_of_rows_and_duplicates_do_not_change_a_single_byte(catalog):
     codes, sizes = catalog
-    one = SidTrie.build(codes, sizes)._native.image()
-    other = SidTrie.build(np.concatenate([codes, codes])[::-1], sizes)._native.image()
+    one = SidTrie.build(codes, sizes).native.image()
+    other = SidTrie.build(np.concatenate([codes, codes])[::-1], sizes).native.image()
     assert np.array_equal(one, other)
 
 

@@ -1,5 +1,7 @@
 """A native prefix trie of semantic IDs: integers in, integers out."""
 
-from trie.trie import EdgeMask, SidTrie
+from trie.mask import AnyMask, EdgeMask, OverlayMask
+from trie.overlay import AnyTrie, Overlay
+from trie.trie import SidTrie
 
-__all__ = ["EdgeMask", "SidTrie"]
+__all__ = ["AnyMask", "AnyTrie", "EdgeMask", "Overlay", "OverlayMask", "SidTrie"]

@@ -41,6 +41,17 @@ class EdgeMask:
 
     def __init__(self, trie: Trie, legal: Annotated[NDArray[numpy.bool_], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> None: ...
 
+    @staticmethod
+    def all(trie: Trie) -> EdgeMask:
+        """Every SID is legal."""
+
+    def without(self, leaves: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> EdgeMask:
+        """This mask less some leaf indices; ValueError for one out of range."""
+
+    @property
+    def num_sids(self) -> int:
+        """SIDs, legal or not."""
+
     @property
     def num_legal(self) -> int:
         """Legal SIDs."""
@@ -51,7 +62,11 @@ class EdgeMask:
 class Beam:
     """State of one beam search; not to be shared between threads."""
 
-    def __init__(self, trie: Trie, width: int, top_n: int, legal: bool, mask: EdgeMask | None = None) -> None: ...
+    def __init__(self, trie: Trie, width: int, top_n: int, legal: bool, mask: EdgeMask | None = None, chunk: int = 0, added: Trie | None = None, added_mask: EdgeMask | None = None) -> None: ...
+
+    @property
+    def level(self) -> int:
+        """Levels finished so far."""
 
     @property
     def rows(self) -> int:
@@ -64,7 +79,9 @@ class Beam:
         """Row of each row's parent among the rows of the previous level."""
 
     def advance(self, logits: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)]) -> None:
-        """Expand one level with raw logits [rows, sizes[t]]."""
+        """
+        Expand the current rows with raw logits [rows, sizes[t]]; on the last level more rows may follow.
+        """
 
     @property
     def kept(self) -> list[int]:

@@ -13,10 +13,8 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-try:
-    from trie._native import Beam, EdgeMask, Trie
-except ImportError as error:
-    raise ImportError("trie._native is not built; run: pip install --no-build-isolation -e .") from error
+from trie._native import Beam, Trie
+from trie.mask import AnyMask, EdgeMask
 
 __all__ = ["Beam", "EdgeMask", "SidTrie"]
 
@@ -30,7 +28,7 @@ class SidTrie:
     """
 
     def __init__(self, native: Trie) -> None:
-        self._native = native
+        self.native = native  # for this package only
         self.sizes: tuple[int, ...] = tuple(native.sizes)
 
     @classmethod
@@ -69,7 +67,7 @@ class SidTrie:
         descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
         try:
             with os.fdopen(descriptor, "wb") as file:
-                file.write(self._native.image().data)
+                file.write(self.native.image().data)
                 file.flush()
                 os.fsync(file.fileno())
             Path(temporary).chmod(0o644)
@@ -81,7 +79,7 @@ class SidTrie:
     @property
     def num_sids(self) -> int:
         """Distinct SIDs S."""
-        return self._native.num_sids
+        return self.native.num_sids
 
     @property
     def levels(self) -> int:
@@ -91,7 +89,7 @@ class SidTrie:
     @property
     def nbytes(self) -> int:
         """Bytes of the whole index, in memory and in the file."""
-        return int(self._native.image().nbytes)
+        return int(self.native.image().nbytes)
 
     def index(self, codes: npt.ArrayLike) -> npt.NDArray[np.int64]:
         """Leaf index of each SID of codes [M, L], int64 [M]; -1 where the trie does not hold it.
@@ -102,9 +100,9 @@ class SidTrie:
         if array.ndim != 2 or array.shape[1] != self.levels:
             raise ValueError(f"codes has shape {array.shape}, expected (rows, {self.levels})")
         if array.dtype == np.uint16:
-            return self._native.index(np.ascontiguousarray(array))
+            return self.native.index(np.ascontiguousarray(array))
         fits = ((array >= 0) & (array <= 0xFFFF)).all(axis=1)
-        found = self._native.index(np.ascontiguousarray(array, dtype=np.uint16))
+        found = self.native.index(np.ascontiguousarray(array, dtype=np.uint16))
         return np.where(fits, found, np.int64(-1))
 
     def contains(self, codes: npt.ArrayLike) -> npt.NDArray[np.bool_]:
@@ -121,11 +119,11 @@ class SidTrie:
             raise ValueError(f"prefix has shape {array.shape}, expected fewer than {self.levels} codes")
         if ((array < 0) | (array > 0xFFFF)).any():
             return np.empty(0, dtype=np.uint16)
-        return self._native.children(np.ascontiguousarray(array, dtype=np.uint16))
+        return self.native.children(np.ascontiguousarray(array, dtype=np.uint16))
 
     def sids(self) -> Codes:
         """All distinct SIDs in order, uint16 [S, L]; row i is the SID of leaf index i."""
-        return self._native.sids()
+        return self.native.sids()
 
     def subset(self, mask: npt.ArrayLike) -> EdgeMask:
         """Legal edges when only the SIDs with mask[leaf index] are legal; bool [S]. Costs 1 bit per edge.
@@ -135,12 +133,20 @@ class SidTrie:
         array = np.asarray(mask)
         if array.dtype != np.bool_ or array.shape != (self.num_sids,):
             raise ValueError(f"mask is {array.dtype} {array.shape}, expected bool ({self.num_sids},)")
-        return EdgeMask(self._native, np.ascontiguousarray(array))
+        return EdgeMask(self.native, np.ascontiguousarray(array))
 
-    def beam(self, width: int, top_n: int, *, legal: bool = False, mask: EdgeMask | None = None) -> Beam:
-        """State of one beam search (used by `onesearch.decode`). Raises ValueError unless 1 <= top_n <= width and
-        the mask is one of this trie."""
-        return Beam(self._native, width, top_n, legal, mask)
+    def all(self) -> EdgeMask:
+        """The mask under which everything is legal: `trie.all().without(leaves)` takes some SIDs away."""
+        return EdgeMask.all(self.native)
+
+    def beam(
+        self, width: int, top_n: int, *, legal: bool = False, mask: AnyMask | None = None, chunk: int = 0
+    ) -> Beam:
+        """State of one beam search (used by `onesearch.decode`); chunk > 0 asks for that many rows at a time on the
+        last level. Raises ValueError unless 1 <= top_n <= width and the mask is one of this trie."""
+        if mask is not None and not isinstance(mask, EdgeMask):
+            raise ValueError("the mask belongs to an overlay, expected one of this trie")
+        return Beam(self.native, width, top_n, legal, mask, chunk)
 
 
 _POPULATE: int = getattr(mmap, "MAP_POPULATE", 0)  # Linux: one call maps all pages instead of a fault for each

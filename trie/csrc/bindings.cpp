@@ -114,6 +114,15 @@ void bind_mask(nb::module_& m) {
              new (self) EdgeMask(std::move(trie), {reinterpret_cast<const std::uint8_t*>(legal.data()), legal.size()});
            },
            "trie"_a, "legal"_a)
+      .def_static("all", [](std::shared_ptr<const Trie> trie) { return std::make_shared<EdgeMask>(std::move(trie)); },
+                  "trie"_a, "Every SID is legal.")
+      .def("without",
+           [](const EdgeMask& mask, const Input<std::int64_t, 1>& leaves) {
+             const nb::gil_scoped_release release;
+             return std::make_shared<EdgeMask>(mask.without({leaves.data(), leaves.size()}));
+           },
+           "leaves"_a, "This mask less some leaf indices; ValueError for one out of range.")
+      .def_prop_ro("num_sids", [](const EdgeMask& mask) { return mask.trie().num_sids(); }, "SIDs, legal or not.")
       .def_prop_ro("num_legal", &EdgeMask::num_legal, "Legal SIDs.")
       .def_prop_ro("nbytes", &EdgeMask::bytes);
 }
@@ -142,10 +151,14 @@ void bind_beam(nb::module_& m) {
   nb::class_<BeamSearch>(m, "Beam", "State of one beam search; not to be shared between threads.")
       .def("__init__",
            [](BeamSearch* self, std::shared_ptr<const Trie> trie, std::uint32_t width, std::uint32_t top_n, bool legal,
-              std::shared_ptr<const EdgeMask> mask) {
-             new (self) BeamSearch(std::move(trie), std::move(mask), {width, top_n, legal});
+              std::shared_ptr<const EdgeMask> mask, std::uint32_t chunk, std::shared_ptr<const Trie> added,
+              std::shared_ptr<const EdgeMask> added_mask) {
+             sid::Layers layers({std::move(trie), std::move(mask)}, {std::move(added), std::move(added_mask)});
+             new (self) BeamSearch(std::move(layers), {width, top_n, legal, chunk});
            },
-           "trie"_a, "width"_a, "top_n"_a, "legal"_a, "mask"_a.none() = nb::none())
+           "trie"_a, "width"_a, "top_n"_a, "legal"_a, "mask"_a.none() = nb::none(), "chunk"_a = 0,
+           "added"_a.none() = nb::none(), "added_mask"_a.none() = nb::none())
+      .def_prop_ro("level", &BeamSearch::level, "Levels finished so far.")
       .def_prop_ro("rows", &BeamSearch::rows, "Rows that need logits for the next advance.")
       .def("codes",
            [](const BeamSearch& beam) {
@@ -155,12 +168,11 @@ void bind_beam(nb::module_& m) {
            "Prefix of each row, [rows, t], in code order.")
       .def("parents",
            [](const BeamSearch& beam) {
-             return make_array<std::int64_t, 1>({beam.rows()}, [&](std::int64_t* out) {
-               std::copy(beam.parents().begin(), beam.parents().end(), out);
-             });
+             return make_array<std::int64_t, 1>({beam.rows()}, [&](std::int64_t* out) { beam.write_parents(out); });
            },
            "Row of each row's parent among the rows of the previous level.")
-      .def("advance", &advance, "logits"_a, "Expand one level with raw logits [rows, sizes[t]].")
+      .def("advance", &advance, "logits"_a,
+           "Expand the current rows with raw logits [rows, sizes[t]]; on the last level more rows may follow.")
       .def_prop_ro("kept", &BeamSearch::kept, "Beams kept on each level so far.")
       .def("results", &results, "(codes [n, L], scores [n], leaves [n]), best first; after the last level.");
 }

@@ -83,7 +83,7 @@ void fuzz_search(Random& random) {
     mask = std::make_shared<const sid::EdgeMask>(trie, legal);
   }
   const std::uint32_t width = 1 + below(random, 40);
-  sid::BeamSearch beam(trie, mask, {width, 1 + below(random, width), below(random, 2) == 0});
+  sid::BeamSearch beam(sid::Layers({trie, mask}, {}), {width, 1 + below(random, width), below(random, 2) == 0});
   std::vector<float> logits;
   while (!beam.done()) {
     logits.resize(beam.rows() * beam.row_size());
