@@ -149,7 +149,7 @@ def test_early_stop_finds_the_same_with_fewer_rows(score):
     sizes = (20, 10, 10, 10)
     rng = np.random.default_rng(0)
     trie = SidTrie.build(np.stack([rng.integers(0, size, 3000) for size in sizes], axis=1), sizes)
-    full, chunked = Model(sizes), Model(sizes)
+    full, chunked = Model(sizes, spread=5.0), Model(sizes, spread=5.0)
     expected = beam_search(full, trie, BeamConfig(200, 10, score))
     found = beam_search(chunked, trie, BeamConfig(200, 10, score, early_stop=16))
     assert found.scores.tobytes() == expected.scores.tobytes()
