@@ -1,8 +1,9 @@
 """Pseudo-queries for a catalog without logs: recall rows marked `source = "bootstrap"`, user 0.
 
-Each row starts at one item and takes words that a buyer of it might type: the product type (a phrase that titles of
-several brands share), brand or attribute with the type, a model number, or some words of the title. Its clicked
-items are a sample of all items that satisfy those words. Drawing by item makes broad types recur, as in real logs.
+Each row starts at one item and takes words that a buyer of it might type: the product type (a phrase that titles or
+descriptions of several brands share, so that a notebook described as a laptop is found by either name), the brand
+alone, brand or attribute with the type, a model number, or some words of the title. Its clicked items are a sample of
+all items that satisfy those words. Drawing by item makes broad types recur, as in real logs.
 """
 
 import math
@@ -28,8 +29,13 @@ from training.progress import track
 from training.tables import Tables, frame, load_tables, table_format, write_tables
 
 MAX_TARGETS = 20
-KINDS = ("type", "brand", "attribute", "model", "title")
-SHARES = (0.40, 0.16, 0.18, 0.10, 0.16)
+PER_ITEM = 2  # pseudo-queries for each item, unless told otherwise
+KINDS = ("type", "maker", "brand", "attribute", "model", "title")
+SHARES = (0.38, 0.04, 0.15, 0.17, 0.10, 0.16)
+DESCRIBED_WORDS, DESCRIBED_LATER = (
+    12,
+    1,
+)  # how much of a description names the product, and how much less than a title
 TYPO_SHARE, PLURAL_SHARE = 0.04, 0.12
 SPLITS = (("test", 0.05), ("valid", 0.10))  # upper bounds of a query's place in 0..1; the rest is train
 MIN_PHRASE_ITEMS, MIN_PHRASE_BRANDS, MAX_PHRASE_SHARE = 4, 2, 0.5
@@ -48,12 +54,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class _Item:
-    """Words of one item: title without the brand, as written and as stems; labels are category names, values the
-    attribute words that the title or description also says; `words` are the stems of all that is said about it."""
+    """Words of one item: title without the brand, and the first of its description; labels are category names, values
+    the attribute words that the title or description also says; `words` are the stems of all that is said about it.
+    """
 
     brand: str
     title: Phrase
-    stems: Phrase
+    described: Phrase
     labels: tuple[Phrase, ...]
     values: tuple[Phrase, ...]
     words: frozenset[str]
@@ -69,16 +76,18 @@ class _Query:
 
 
 def bootstrap(items: pl.DataFrame, seed: int, rows: int | None = None) -> pl.DataFrame:
-    """Recall table of `rows` pseudo-sessions (default two per item) over an items table.
+    """Recall table of `rows` pseudo-sessions (default PER_ITEM for each item) over an items table.
 
     impressed = clicked, 1 to 20 item ids. The same words, also misspelt or in plural, are only ever in one split.
     """
     rng = np.random.default_rng(seed)
     catalog = _Catalog([_read(row) for row in items.iter_rows(named=True)])
     ids = items["item_id"].to_list()
-    order = np.concatenate([rng.permutation(len(ids)) for _ in range(-(-(rows or 2 * len(ids)) // len(ids)))])
+    order = np.concatenate(
+        [rng.permutation(len(ids)) for _ in range(-(-(rows or PER_ITEM * len(ids)) // len(ids)))]
+    )
     columns: dict[str, list[object]] = defaultdict(list)
-    for source in track(order[: rows or 2 * len(ids)].tolist(), "pseudo-queries"):
+    for source in track(order[: rows or PER_ITEM * len(ids)].tolist(), "pseudo-queries"):
         query = catalog.query(source, rng)
         if query is None:
             continue
@@ -120,20 +129,23 @@ class _Catalog:
         heads = [i for i, late in found.items() if late < NOUN_FOLLOWS]
         return 3 * len(heads) > len(found) and len({self._items[i].brand for i in heads}) >= MIN_PHRASE_BRANDS
 
-    def _find_runs(self, item: _Item) -> Iterator[tuple[int, int, Phrase]]:
-        """(start, lateness, stems) of the title's runs of one to three plain words that do not end in a modifier.
+    def _find_runs(self, item: _Item) -> Iterator[tuple[Phrase, int, Phrase]]:
+        """Words, lateness and stems of the runs of one to three plain words that do not end in a modifier.
 
         Lateness counts the plain words before the run, more if a noun follows it: a `notebook case` is no notebook.
         """
-        plain = [_plain(stem) for stem in item.stems]
-        before = [0, *accumulate(plain)]
-        for start in range(len(plain)):
-            for end in range(start + 1, min(start + 3, len(plain)) + 1):
-                if not plain[end - 1]:
-                    break
-                if item.stems[end - 1] not in self._modifiers:
-                    noun_follows = end < len(plain) and plain[end] and item.stems[end] not in self._modifiers
-                    yield start, before[start] + NOUN_FOLLOWS * noun_follows, item.stems[start:end]
+        for text, later in ((item.title, 0), (item.described, DESCRIBED_LATER)):
+            stems = tuple(map(_stem, text))
+            plain = [_plain(stem) for stem in stems]
+            before = [0, *accumulate(plain)]
+            for start in range(len(plain)):
+                for end in range(start + 1, min(start + 3, len(plain)) + 1):
+                    if not plain[end - 1]:
+                        break
+                    if stems[end - 1] not in self._modifiers:
+                        noun_follows = end < len(plain) and plain[end] and stems[end] not in self._modifiers
+                        late = later + before[start] + NOUN_FOLLOWS * noun_follows
+                        yield text[start:end], late, stems[start:end]
 
     def query(self, index: int, rng: np.random.Generator) -> _Query | None:
         """Words for one item, or None when it has too few."""
@@ -143,6 +155,8 @@ class _Catalog:
         if kind == "model" and models:
             model = _one(models, rng)
             return _make((item.brand, model) if item.brand and rng.random() < 0.5 else (model,))
+        if kind == "maker" and item.brand:
+            return _make((item.brand,))
         found = self._type(index, rng)
         if found is None or (kind == "title" and len(item.title) > 2):
             return _make(_some_words(item, rng)) if item.title else None
@@ -158,11 +172,9 @@ class _Catalog:
         """A type phrase of the item as (surface words, stems); early and long ones are likelier, labels likeliest."""
         item = self._items[index]
         options = [(2.0, label, tuple(map(_stem, label))) for label in item.labels]
-        for start, late, phrase in self._runs[index]:
+        for words, late, phrase in self._runs[index]:
             if phrase in self._types:
-                options.append(
-                    (math.exp(-late / 2) * len(phrase), item.title[start : start + len(phrase)], phrase)
-                )
+                options.append((math.exp(-late / 2) * len(phrase), words, phrase))
         if not options:
             return None
         bounds = np.cumsum([weight for weight, _, _ in options])
@@ -195,8 +207,9 @@ def _modifiers(items: list[_Item]) -> set[str]:
     seen: Counter[str] = Counter()
     counted: Counter[str] = Counter()
     for item in items:
-        seen.update(item.stems)
-        counted.update(word for number, word in pairwise(item.stems) if number.replace(".", "").isdigit())
+        stems = tuple(map(_stem, item.title))
+        seen.update(stems)
+        counted.update(word for number, word in pairwise(stems) if number.replace(".", "").isdigit())
     common = {word for word, count in values.items() if count >= MIN_PHRASE_ITEMS} - labels
     return common | {word for word, count in counted.items() if 2 * count > seen[word]}
 
@@ -211,13 +224,14 @@ def _read(row: dict[str, object]) -> _Item:
     texts = [_words(value) for value in attributes.values() if isinstance(value, str)]
     brand_words = set(_words(brand))
     title = tuple(word for word in _words(str(row["item_title"])) if word not in brand_words)
-    said = {_stem(word) for word in (*title, *_words(description))}
+    described = tuple(word for word in _words(description) if word not in brand_words)
+    said = {_stem(word) for word in (*title, *described)}
     values = [text for text in texts if 0 < len(text) < 4 and not any(map(_has_digit, text))]
     everything = (*brand_words, *(word for text in (*labels, *texts) for word in text))
     return _Item(
         brand=brand,
         title=title,
-        stems=tuple(map(_stem, title)),
+        described=described[:DESCRIBED_WORDS],
         labels=labels,
         values=tuple(dict.fromkeys(value for value in values if said.issuperset(map(_stem, value)))),
         words=frozenset(said.union(map(_stem, everything))),
@@ -276,16 +290,17 @@ def _split(stems: frozenset[str], seed: int) -> str:
     return next((split for split, bound in SPLITS if place < bound), "train")
 
 
-def with_queries(tables: Tables, allowed: bool, seed: int) -> Tables:
+def with_queries(tables: Tables, allowed: bool, seed: int, per_item: int = PER_ITEM) -> Tables:
     """Tables as they are, or with pseudo-queries when they hold no sessions and `allowed` (a recipe's data.bootstrap).
 
-    Equal items and seed give equal queries and splits. Raises ConfigError when sessions are missing otherwise.
+    per_item is their number for each item. Equal items and seed give equal queries and splits. Raises ConfigError when
+    sessions are missing otherwise.
     """
     if tables.recall is not None and len(tables.recall):
         return tables
     if not allowed:
         raise ConfigError("data.bootstrap: false, but the tables hold no recall sessions")
-    return replace(tables, recall=bootstrap(tables.items, seed))
+    return replace(tables, recall=bootstrap(tables.items, seed, per_item * len(tables.items)))
 
 
 def _command(

@@ -23,7 +23,7 @@ from onesearch.decode import Score, StepFn
 from onesearch.errors import OneSearchError
 from onesearch.runtime import Decoder, OnnxDecoder
 from onesearch.search import Searcher, SearchOptions
-from training.bootstrap import with_queries
+from training.bootstrap import PER_ITEM, with_queries
 from training.judgements import evaluate_judgements, read_judgements
 from training.logged import evaluate_logs
 from training.metrics import Estimate, Measured
@@ -153,8 +153,9 @@ def _evaluate(
     subject = bundle_subject(bundle, open_decoder(bundle, threads), options)
     if rated is None:
         recipe = bundle.manifest.recipe
-        bootstrapped = recipe.get("data", {}).get("bootstrap", False)
-        views = page_views(with_queries(tables, bootstrapped, recipe.get("seed", 0)))
+        made = recipe.get("data", {})
+        per_item = made.get("pseudo_queries", PER_ITEM)
+        views = page_views(with_queries(tables, made.get("bootstrap", False), recipe.get("seed", 0), per_item))
         report = evaluate_logs(subject, views, split, max_requests, seed, read_negations(data))
     else:
         report = evaluate_judgements(subject, rated, max_requests, seed)

@@ -62,7 +62,7 @@ def train_bundle(recipe: Recipe, data: Path, out: Path, work: Work) -> Manifest:
             f"bundle {out}", ["exists already; bundles are immutable, remove it or choose another name"]
         )
     torch.set_num_threads(recipe.threads)
-    tables = with_queries(load_tables(data), recipe.data.bootstrap, recipe.seed)
+    tables = with_queries(load_tables(data), recipe.data.bootstrap, recipe.seed, recipe.data.pseudo_queries)
     views = page_views(tables)
     training = [view for view in views if view.split == "train"]
     plain = recipe_json(recipe)

@@ -17,14 +17,16 @@ Precision = Literal["auto", "fp32", "bf16"]
 
 @dataclass(frozen=True)
 class DataConfig:
-    """bootstrap: make pseudo-queries when the tables hold no logs. min_keyword_items: a dictionary phrase needs that
-    many items. keyword_share: share of page views whose prompt shows keywords (spec §4.4 `kw_mix`).
-    anonymous_share: share of page views whose prompt hides the user, as for visitors who are not known.
-    sentence_encoder: a local sentence-transformers folder (BGE, say) to embed texts with, instead of [embedder].
+    """bootstrap: make pseudo-queries when the tables hold no logs, `pseudo_queries` for each item.
+    min_keyword_items: a dictionary phrase needs that many items. keyword_share: share of page views whose prompt shows
+    keywords (spec §4.4 `kw_mix`). anonymous_share: share of page views whose prompt hides the user, as for visitors
+    who are not known. sentence_encoder: a local sentence-transformers folder (BGE, say) to embed texts with, instead
+    of [embedder].
     khqe: mix the keywords of a text into its vector before it gets a SID (spec §3.2).
     """
 
     bootstrap: bool = False
+    pseudo_queries: int = 2
     min_keyword_items: int = 3
     keyword_share: float = 0.0
     anonymous_share: float = 0.0
