@@ -6,6 +6,7 @@ OneSearchError
  ├── DataError        a table is wrong (lists every fault of the file, capped)
  ├── BundleError      a bundle is missing, damaged or foreign (lists every fault)
  ├── DecodeError      the model produced something that cannot be searched (NaN or infinite logits)
+ ├── DeadlineError    a search was given up because its time had run out
  └── ExportError      a graph cannot be exported or misses its parity gate
 """
 
@@ -61,6 +62,13 @@ class DecodeError(OneSearchError):
     """The model returned logits that are not finite or have a wrong shape."""
 
     code = "decode"
+
+
+class DeadlineError(OneSearchError):
+    """The time that a search was given has run out; its remaining work was not started."""
+
+    code = "deadline-exceeded"
+    status = 503
 
 
 class ExportError(FaultsError):

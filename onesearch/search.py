@@ -16,7 +16,8 @@ import numpy.typing as npt
 from onesearch.bundle import Bundle, GoldenExample
 from onesearch.catalog import Filters
 from onesearch.context import SearchContext
-from onesearch.decode import BeamConfig, BeamResult, Score, beam_search
+from onesearch.decode import BeamConfig, BeamResult, Score, StepFn, beam_search
+from onesearch.errors import DeadlineError
 from onesearch.runtime import Decoder
 from onesearch.sequence import Prompt
 from onesearch.sid import Codes
@@ -27,13 +28,17 @@ GOLDEN_TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class SearchOptions:
-    """limit items of the answer; width beams; keywords: whether to match keywords into the prompt."""
+    """limit items of the answer; width beams; keywords: whether to match keywords into the prompt.
+
+    deadline: the `time.monotonic()` after which nobody waits for the answer any more; it is no part of equality.
+    """
 
     limit: int = 20
     width: int = 512
     score: Score = "level"
     keywords: bool = False
     filters: Filters | None = None
+    deadline: float = field(default=math.inf, compare=False)
 
 
 @dataclass(frozen=True)
@@ -54,12 +59,32 @@ class SearchResult:
 
 @dataclass
 class Clock:
-    """Wall time per named stage, in milliseconds; a stage entered twice adds up."""
+    """Wall time per named stage, in milliseconds; a stage entered twice adds up.
+
+    A kernel that runs cannot be interrupted, so the deadline (`time.monotonic()`) is looked at between stages and
+    before every level of the decode.
+    """
 
     timings: dict[str, float] = field(default_factory=dict)
+    deadline: float = math.inf
+
+    def check(self) -> None:
+        """Raises DeadlineError when the time is up."""
+        if time.monotonic() > self.deadline:
+            raise DeadlineError(f"the deadline passed after {' + '.join(self.timings) or 'no stage'}")
+
+    def timely(self, step: StepFn) -> StepFn:
+        """The same step function, which starts no level after the deadline."""
+
+        def timely(codes: Codes, parents: npt.NDArray[np.int64], /) -> npt.NDArray[np.float32]:
+            self.check()
+            return step(codes, parents)
+
+        return timely
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
+        self.check()
         start = time.perf_counter()
         yield
         self.timings[name] = round(self.timings.get(name, 0.0) + (time.perf_counter() - start) * 1e3, 3)
@@ -73,8 +98,11 @@ class Searcher:
         self._decoder = decoder
 
     def search(self, context: SearchContext, options: SearchOptions) -> SearchResult:
-        """The best min(limit, eligible) items for a context. Raises DecodeError if the model fails."""
-        clock, catalog = Clock(), self.bundle.catalog
+        """The best min(limit, eligible) items for a context.
+
+        Raises DecodeError if the model fails and DeadlineError when the time of the options runs out.
+        """
+        clock, catalog = Clock(deadline=options.deadline), self.bundle.catalog
         with clock.stage("understand"):
             if options.keywords and not context.keywords:
                 context = replace(context, keywords=self.bundle.keywords.match(context.query))
@@ -113,7 +141,7 @@ class Searcher:
         with clock.stage("prefill"):
             step = self._decoder.start(prompt)
         with clock.stage("decode"):
-            return beam_search(step, self.bundle.trie, config, mask)
+            return beam_search(clock.timely(step), self.bundle.trie, config, mask)
 
 
 def golden_example(searcher: Searcher, context: SearchContext, width: int = 512) -> GoldenExample:

@@ -91,7 +91,7 @@ def open_engine(name: str, bundle: Bundle, settings: Settings) -> Engine:
         model_version=bundle.manifest.model_version,
         catalog_version=bundle.manifest.catalog_version,
         catalog=bundle.catalog,
-        runner=EmbeddedRunner(searcher, settings.workers),
+        runner=EmbeddedRunner(searcher, settings.concurrency),
         check=lambda: replay(searcher, bundle.examples),
         examples=tuple(queries)[:EXAMPLE_QUERIES],
     )

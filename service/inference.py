@@ -21,11 +21,11 @@ class InferenceRunner(Protocol):
 
 
 class EmbeddedRunner:
-    """Searches in this process; at most `workers` searches run at the same time, the others wait their turn."""
+    """Searches in this process; at most `concurrency` searches run at the same time, the others wait their turn."""
 
-    def __init__(self, searcher: Searcher, workers: int) -> None:
+    def __init__(self, searcher: Searcher, concurrency: int) -> None:
         self._searcher = searcher
-        self._pool = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="search")
+        self._pool = ThreadPoolExecutor(max_workers=concurrency, thread_name_prefix="search")
 
     async def search(self, context: SearchContext, options: SearchOptions) -> SearchResult:
         """See `InferenceRunner.search`."""

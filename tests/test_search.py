@@ -1,5 +1,6 @@
 """One search end to end on a tiny bundle, against scoring every live SID by brute force."""
 
+import time
 from itertools import pairwise
 
 import numpy as np
@@ -9,9 +10,12 @@ from tiny_bundle import random_contexts, write_tiny_bundle
 from onesearch.bundle import Bundle, open_bundle
 from onesearch.catalog import Filters
 from onesearch.context import SearchContext, assemble
-from onesearch.decode import Score
+from onesearch.decode import Score, StepFn
+from onesearch.errors import DeadlineError
 from onesearch.model import TorchDecoder, open_model
+from onesearch.runtime import Decoder
 from onesearch.search import Searcher, SearchOptions
+from onesearch.sequence import Prompt
 
 FILTERS = (
     None,
@@ -90,3 +94,32 @@ def test_a_repeated_query_is_not_its_own_history() -> None:
     assert context.recent_queries == ("bag",)
     assert context.recent_items == tuple(range(10, 30))
     assert context.long_items == tuple(range(100, 200))
+
+
+def test_a_search_whose_time_is_up_starts_no_further_level(bundle: Bundle) -> None:
+    class Slow:
+        """Takes the whole time of the request on its second level."""
+
+        def __init__(self, inner: Decoder) -> None:
+            self.inner, self.levels = inner, 0
+
+        def start(self, prompt: Prompt) -> StepFn:
+            step = self.inner.start(prompt)
+
+            def slow(codes: np.ndarray, parents: np.ndarray, /) -> np.ndarray:
+                self.levels += 1
+                time.sleep(0.6 if self.levels == 2 else 0)
+                return step(codes, parents)
+
+            return slow
+
+    slow = Slow(TorchDecoder(open_model(bundle.path), bundle.renderer))
+    context, late = SearchContext("red shoes"), SearchOptions(deadline=time.monotonic() + 0.5)
+    with pytest.raises(DeadlineError):
+        Searcher(bundle, slow).search(context, late)
+    assert slow.levels == 2
+    assert late == SearchOptions()  # an answer does not depend on when it is wanted
+    slow.levels = 0
+    with pytest.raises(DeadlineError):
+        Searcher(bundle, slow).search(context, SearchOptions(deadline=time.monotonic()))
+    assert slow.levels == 0

@@ -17,8 +17,8 @@ from service.variants import Split, VariantOptions, declared_split, read_split
 def test_defaults_environment_and_overrides_come_in_this_order(monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_settings().port == 8000
     monkeypatch.setenv("ONESEARCH_PORT", "9000")
-    monkeypatch.setenv("onesearch_workers", "3")
-    assert (load_settings().port, load_settings().workers) == (9000, 3)
+    monkeypatch.setenv("onesearch_concurrency", "3")
+    assert (load_settings().port, load_settings().concurrency) == (9000, 3)
     assert load_settings(port=9001, host=None).port == 9001
 
 
