@@ -7,8 +7,9 @@ RUN apt-get update \
  && apt-get install --no-install-recommends -y g++=4:12.2.0-3 \
  && rm -rf /var/lib/apt/lists/*
 WORKDIR /src
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml CMakeLists.txt README.md LICENSE ./
 COPY trie ./trie
+COPY decoder ./decoder
 COPY onesearch ./onesearch
 COPY training ./training
 COPY model_export ./model_export

@@ -5,7 +5,7 @@ PIP_ARGS ?=
 PORT ?= 8000
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile $(PIP_ARGS)
-NATIVE := pyproject.toml trie/CMakeLists.txt $(wildcard trie/csrc/*)
+NATIVE := pyproject.toml CMakeLists.txt $(wildcard trie/CMakeLists.txt trie/csrc/* decoder/CMakeLists.txt decoder/csrc/*)
 BUILT := .venv/.built
 DEV := .venv/.dev
 
@@ -44,8 +44,9 @@ check: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m nanobind.stubgen -q -m trie._native -o .venv/_native.pyi
-	diff -u trie/_native.pyi .venv/_native.pyi
+	for package in trie decoder; do \
+	  $(BIN)/python -m nanobind.stubgen -q -m $$package._native -o .venv/_native.pyi && \
+	  diff -u $$package/_native.pyi .venv/_native.pyi || exit 1; done
 
 bench: $(DEV)
 	$(BIN)/python -m benchmarks.trie

@@ -12,13 +12,13 @@ import typer
 
 from onesearch.bundle import GRAPHS, STAMP, Bundle, open_bundle, sha256
 from onesearch.errors import ExportError, OneSearchError
-from onesearch.runtime import OnnxDecoder, Precision, step_file
+from onesearch.runtime import PREFILL_FILE, STEP_FILE, Precision, open_decoder
 
 Target = Literal["onnx"]
 
 
 def export_onnx(path: Path, precision: Precision, say: Callable[[str], None]) -> dict[str, Any]:
-    """Write BUNDLE/graphs and return its stamp; `int8` adds the int8 step graph to the fp32 ones.
+    """Write BUNDLE/graphs and return its stamp; `int8` adds the int8 step to the fp32 graphs.
 
     An earlier export is replaced, and only when the new one has passed. Raises ExportError when the graphs miss
     their parity limits, BundleError when the bundle does not open.
@@ -35,16 +35,16 @@ def export_onnx(path: Path, precision: Precision, say: Callable[[str], None]) ->
 
     say("[2/4] write the graphs")
     precisions: list[Precision] = ["fp32"]
-    to_onnx.export_prefill(model, graphs / "prefill.onnx")
-    to_onnx.export_step(model, graphs / step_file("fp32"))
+    to_onnx.export_prefill(model, graphs / PREFILL_FILE)
+    to_onnx.export_step(model, graphs / STEP_FILE)
     if precision == "int8":
-        quantise.quantise_step(graphs / step_file("fp32"), graphs / step_file("int8"))
+        quantise.quantise(model, graphs)
         precisions.append("int8")
 
     say(f"[3/4] compare with torch on {len(bundle.examples)} golden examples")
     sids, bos = bundle.renderer.sids, bundle.renderer.bos
     reference = TorchDecoder(model, bundle.renderer)
-    rows = [parity.measure(bundle, reference, OnnxDecoder(graphs, sids, bos, 1, p), p) for p in precisions]
+    rows = [parity.measure(bundle, reference, open_decoder(graphs, sids, bos, 1, p), p) for p in precisions]
     if faults := [fault for row in rows for fault in row.faults()]:
         raise ExportError(f"bundle {path}", faults)
 
@@ -85,7 +85,7 @@ def _install(new: Path, path: Path) -> None:
 def _main(
     bundle: Annotated[Path, typer.Argument(help="the bundle folder")],
     target: Annotated[Target, typer.Option(help="what to export to")] = "onnx",
-    precision: Annotated[Precision, typer.Option(help="int8 adds the quantised step graph")] = "fp32",
+    precision: Annotated[Precision, typer.Option(help="int8 adds the quantised step")] = "fp32",
 ) -> None:
     """Export the graphs of a bundle and prove that they agree with the model."""
     try:

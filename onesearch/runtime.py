@@ -1,6 +1,8 @@
-"""In-process decoding with ONNX Runtime, and the bookkeeping every decoder shares. Knows no torch.
+"""In-process decoding: ONNX Runtime (the reference), the native int8 decoder, and the bookkeeping every decoder
+shares. Knows no torch.
 
-Legend: K beams, P beams of the previous step, t steps taken, S prompt tokens, H codes of a level.
+Legend: K beams, P beams of the previous step, t steps taken, S prompt tokens, H codes of a level, N layers,
+D model width, F feed-forward width, C codes of all levels.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,8 +12,10 @@ from typing import Any, Generic, Literal, Protocol, TypeVar, get_args
 import numpy as np
 import numpy.typing as npt
 
+from decoder import Model, Request
+from onesearch.arrays import load_arrays
 from onesearch.decode import StepFn
-from onesearch.errors import ConfigError
+from onesearch.errors import BundleError, ConfigError
 from onesearch.sequence import Prompt
 from onesearch.sid import LEVELS, Codes, SidVocab
 
@@ -19,6 +23,21 @@ Ids = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]
 Precision = Literal["fp32", "int8"]
 State = TypeVar("State")
+
+PREFILL_FILE, STEP_FILE, INT8_GRAPH, INT8_ARRAYS = "prefill.onnx", "step.onnx", "step.int8.onnx", "step.int8.npz"
+PRODUCTS = ("own_q", "own_k", "own_v", "own_out", "cross_q", "cross_out", "up", "down")
+NORMS = ("own_norm", "cross_norm", "last_norm")
+STEP_ARRAYS: dict[str, tuple[str, int]] = {
+    **{f"{name}_weight": ("int8", 3) for name in PRODUCTS},  # [N, outputs, inputs]
+    **{f"{name}_{part}": ("float32", 2) for name in PRODUCTS for part in ("scale", "bias")},  # [N, outputs]
+    **dict.fromkeys(NORMS, ("float32", 3)),  # [N, 2, D]: gain, bias
+    "first_norm": ("float32", 2),  # [2, D], after the embedding
+    "embeddings": ("float32", 2),  # [1 + C, D]: BOS, then the SID tokens in order; also the head
+    "positions": ("float32", 2),  # [L, D]
+    "head_bias": ("float32", 1),  # [C]
+    "heads": ("int64", 1),  # [1]
+}
+"""What `step.int8.npz` holds: name -> dtype and number of dimensions."""
 
 
 class Decoder(Protocol):
@@ -59,6 +78,35 @@ class BeamSteps(Generic[State]):
         return logits
 
 
+def open_decoder(
+    graphs: Path, vocab: SidVocab, bos: int, threads: int, precision: Precision = "fp32"
+) -> "OnnxDecoder | Int8Decoder":
+    """The decoder of a graph folder: int8 is native where the export wrote `step.int8.npz`, else ONNX Runtime.
+
+    threads is the number of cores one request may use. Raises ConfigError when a graph is missing or cannot be read.
+    """
+    if precision not in get_args(Precision):
+        known = ", ".join(get_args(Precision))
+        raise ConfigError(f"precision: {precision!r} is unknown, expected one of {known}")
+    if precision == "int8" and (graphs / INT8_ARRAYS).exists():
+        return Int8Decoder(graphs, vocab, bos, threads)
+    return OnnxDecoder(graphs, vocab, bos, threads, precision)
+
+
+class _Prefill:
+    """The prefill graph: one prompt in, the context of its beams out."""
+
+    def __init__(self, graphs: Path, threads: int) -> None:
+        self._session = _session(graphs / PREFILL_FILE, threads)
+        self.names = [output.name for output in self._session.get_outputs()]
+
+    def __call__(self, prompt: Prompt) -> list[Any]:
+        ids = prompt.ids[None]
+        inputs = _values({"ids": ids, "mask": np.ones_like(ids), "history": prompt.history[None]})
+        outputs: list[Any] = self._session.run_with_ort_values(self.names, inputs)
+        return outputs
+
+
 class OnnxDecoder:
     """Runs the exported graphs of a bundle on the CPU; state stays inside ONNX Runtime between steps.
 
@@ -69,23 +117,16 @@ class OnnxDecoder:
     def __init__(
         self, graphs: Path, vocab: SidVocab, bos: int, threads: int, precision: Precision = "fp32"
     ) -> None:
-        if precision not in get_args(Precision):
-            known = ", ".join(get_args(Precision))
-            raise ConfigError(f"precision: {precision!r} is unknown, expected one of {known}")
         self._vocab, self._bos = vocab, bos
-        self._prefill = _session(graphs / "prefill.onnx", threads)
-        self._step = _session(graphs / step_file(precision), threads)
-        self._context = [output.name for output in self._prefill.get_outputs()]
+        self._prefill = _Prefill(graphs, threads)
+        self._step = _session(graphs / (STEP_FILE if precision == "fp32" else INT8_GRAPH), threads)
         states = [i for i in self._step.get_inputs() if i.name.startswith("state_")]
         self._states = [i.name for i in states]
         self._width = int(states[0].shape[-1])
 
     def start(self, prompt: Prompt) -> StepFn:
         """Read one prompt; the result scores the next level of its beams."""
-        ids = prompt.ids[None]
-        inputs = _values({"ids": ids, "mask": np.ones_like(ids), "history": prompt.history[None]})
-        outputs = self._prefill.run_with_ort_values(self._context, inputs)
-        context = dict(zip(self._context, outputs, strict=True))
+        context = dict(zip(self._prefill.names, self._prefill(prompt), strict=True))
 
         def run(tokens: Ids, parents: Ids, head: Ids, state: list[Any]) -> tuple[Logits, list[Any]]:
             feeds = _values({"tokens": tokens, "parents": parents, "head": head})
@@ -97,9 +138,46 @@ class OnnxDecoder:
         return BeamSteps(run, list(_values(dict.fromkeys(self._states, empty)).values()), self._vocab, self._bos)
 
 
-def step_file(precision: Precision) -> str:
-    """File name of the step graph of a precision; the prefill graph has only one."""
-    return "step.onnx" if precision == "fp32" else f"step.{precision}.onnx"
+class Int8Decoder:
+    """Prefill by ONNX Runtime, steps by the native int8 decoder, whose memory is used again by later requests.
+
+    graphs holds prefill.onnx and step.int8.npz; threads is the number of cores one request may use; kernels names
+    an instruction set of `decoder.kernels()`, the fastest by default. Raises ConfigError when a file is missing or
+    cannot be read.
+    """
+
+    def __init__(self, graphs: Path, vocab: SidVocab, bos: int, threads: int, kernels: str = "") -> None:
+        self._vocab, self._bos, self._threads = vocab, bos, threads
+        self._prefill = _Prefill(graphs, threads)
+        try:
+            self._model = _native_model(load_arrays(graphs / INT8_ARRAYS, STEP_ARRAYS), vocab, kernels)
+        except (BundleError, ValueError) as error:
+            raise ConfigError(f"graph {graphs / INT8_ARRAYS}: {error}") from error
+
+    def start(self, prompt: Prompt) -> StepFn:
+        """Read one prompt; the result scores the next level of its beams."""
+        bias, *context = (value.numpy() for value in self._prefill(prompt))
+
+        def run(
+            tokens: Ids, parents: Ids, head: Ids, state: tuple[Request, int]
+        ) -> tuple[Logits, tuple[Request, int]]:
+            request, level = state
+            rows = tokens - self._vocab.first_id + 1 if level else np.zeros_like(tokens)
+            return request.step(level, rows, parents, self._threads), (request, level + 1)
+
+        return BeamSteps(run, (self._model.start(bias, context), 0), self._vocab, self._bos)
+
+
+def _native_model(arrays: Mapping[str, npt.NDArray[Any]], vocab: SidVocab, kernels: str) -> Model:
+    ffn, width = arrays["up_weight"].shape[1:]
+    model = Model(width, int(arrays["heads"][0]), ffn, list(vocab.spec.sizes), kernels)
+    model.set_tables(arrays["embeddings"], arrays["positions"], arrays["first_norm"], arrays["head_bias"])
+    for i in range(len(arrays["up_weight"])):
+        products = [
+            tuple(arrays[f"{name}_{part}"][i] for part in ("weight", "scale", "bias")) for name in PRODUCTS
+        ]
+        model.add_layer(products, [arrays[name][i] for name in NORMS])
+    return model
 
 
 def _values(arrays: Mapping[str, npt.NDArray[Any]]) -> dict[str, Any]:

@@ -1,3 +1,4 @@
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -6,11 +7,12 @@ from test_model import walk
 from tiny import tiny_prompt
 from tiny_bundle import CODEBOOKS
 
+from model_export.quantise import quantise_step
 from onesearch.bundle import open_bundle
 from onesearch.decode import BeamConfig, beam_search
 from onesearch.errors import ConfigError
 from onesearch.model import TorchDecoder, open_model
-from onesearch.runtime import OnnxDecoder
+from onesearch.runtime import Int8Decoder, OnnxDecoder, open_decoder
 from onesearch.sequence import Fields
 
 
@@ -58,7 +60,21 @@ def test_an_early_stop_of_the_real_graphs_changes_nothing(exported, renderer, gr
 
 
 def test_int8_is_close_but_not_the_same(renderer, graphs):
-    exact, rough = (OnnxDecoder(graphs, renderer.sids, renderer.bos, 1, p) for p in ("fp32", "int8"))
+    exact, rough = (open_decoder(graphs, renderer.sids, renderer.bos, 1, p) for p in ("fp32", "int8"))
+    assert isinstance(rough, Int8Decoder)
+    prompt = tiny_prompt(renderer)
+    for beams in (1, 9, 64):
+        for a, b in zip(trace(exact, prompt, 0, beams), trace(rough, prompt, 0, beams), strict=True):
+            assert b.dtype == np.float32 and b.flags.c_contiguous and b.shape == a.shape
+            assert 1e-6 < np.abs(a - b).max() / np.abs(a).max() < 0.1
+
+
+def test_a_quantised_graph_serves_where_there_are_no_native_arrays(renderer, graphs, tmp_path):
+    for name in ("prefill.onnx", "step.onnx"):
+        shutil.copy(graphs / name, tmp_path)
+    quantise_step(tmp_path / "step.onnx", tmp_path / "step.int8.onnx")
+    exact, rough = (open_decoder(tmp_path, renderer.sids, renderer.bos, 1, p) for p in ("fp32", "int8"))
+    assert isinstance(rough, OnnxDecoder)
     prompt = tiny_prompt(renderer)
     gaps = [
         np.abs(a - b).max() / np.abs(a).max()
@@ -67,8 +83,9 @@ def test_int8_is_close_but_not_the_same(renderer, graphs):
     assert 1e-6 < max(gaps) < 0.3
 
 
-def test_requests_on_threads_do_not_disturb_each_other(renderer, graphs):
-    decoder = OnnxDecoder(graphs, renderer.sids, renderer.bos, 1)
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_requests_on_threads_do_not_disturb_each_other(renderer, graphs, precision):
+    decoder = open_decoder(graphs, renderer.sids, renderer.bos, 1, precision)
     prompts = [tiny_prompt(renderer, f"query {i}", seed=i) for i in range(8)]
     alone = [trace(decoder, prompt, i) for i, prompt in enumerate(prompts)]
     with ThreadPoolExecutor(4) as pool:
@@ -77,8 +94,9 @@ def test_requests_on_threads_do_not_disturb_each_other(renderer, graphs):
         assert all(np.array_equal(a, b) for a, b in zip(alone[i % 8], found, strict=True))
 
 
-def test_two_requests_can_be_interleaved(renderer, graphs):
-    decoder = OnnxDecoder(graphs, renderer.sids, renderer.bos, 1)
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_two_requests_can_be_interleaved(renderer, graphs, precision):
+    decoder = open_decoder(graphs, renderer.sids, renderer.bos, 1, precision)
     a, b = tiny_prompt(renderer), tiny_prompt(renderer, "bag", seed=5)
     steps = decoder.start(a), decoder.start(b)
     expected = trace(decoder, a, 3), trace(decoder, b, 3)
@@ -95,4 +113,9 @@ def test_missing_broken_or_unknown_graphs_are_config_errors(renderer, graphs, tm
     with pytest.raises(ConfigError, match=r"step\.onnx"):
         OnnxDecoder(tmp_path, renderer.sids, renderer.bos, 1)
     with pytest.raises(ConfigError, match="'fp8' is unknown, expected one of fp32, int8"):
-        OnnxDecoder(graphs, renderer.sids, renderer.bos, 1, "fp8")
+        open_decoder(graphs, renderer.sids, renderer.bos, 1, "fp8")
+    content = (graphs / "step.int8.npz").read_bytes()
+    for damaged in (b"PK", content[:-500], content.replace(b"own_q_scale", b"own_q_scald")):
+        (tmp_path / "step.int8.npz").write_bytes(damaged)
+        with pytest.raises(ConfigError, match=r"step\.int8\.npz"):
+            open_decoder(tmp_path, renderer.sids, renderer.bos, 1, "int8")
