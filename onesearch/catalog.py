@@ -1,4 +1,6 @@
-"""The live items: SID to item expansion, filters, and item bodies as ready-made JSON bytes, memory-mapped.
+"""Items as columns: their SIDs, what filters compare, and bodies as ready-made JSON bytes. Immutable.
+
+On disk it is the bundle's `items` folder, memory-mapped; in memory, the few items a live catalog has added.
 
 Row order is the expansion rule: rows are sorted by SID, and within one SID by popularity (log-smoothed click rate
 before the training cut), highest first, then by item id (spec §5.2). An item has one SID, so results built by
@@ -10,7 +12,7 @@ Legend: N items, L levels, M distinct SIDs (in sorted order, the leaves of the t
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +35,7 @@ _ARRAYS = (
 )
 CATEGORY_LEVELS = 3
 NO_NAME = -1
+Rows = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -69,10 +72,20 @@ class Item:
             }
         )
 
+    @classmethod
+    def from_json(cls, body: bytes, published_at: int) -> Self:
+        """The item that `to_json` wrote; the time is not among the public fields."""
+        raw = orjson.loads(body)
+        raw |= {"brand": raw["brand"] or "", "category": tuple(raw["category"])}
+        return cls(**{**raw, "attributes": tuple(raw["attributes"].items()), "published_at": published_at})
+
 
 @dataclass(frozen=True)
 class Filters:
-    """What a request demands of every item. Names compare after normalisation; bounds are inclusive."""
+    """What a request demands of every item. Names compare after normalisation; bounds are inclusive.
+
+    published_after is in Unix seconds; an item without a time or a price satisfies no bound on it.
+    """
 
     category: str | None = None
     brand: str | None = None
@@ -80,10 +93,33 @@ class Filters:
     price_max: float | None = None
     in_stock: bool | None = None
     exclude_items: tuple[int, ...] = ()
+    published_after: int | None = None
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What a catalog is made of, in row order: arrays by name, all bodies joined, the names that codes stand for."""
+
+    arrays: dict[str, npt.NDArray[Any]]
+    bodies: npt.NDArray[np.uint8]
+    categories: list[str]
+    brands: list[str]
+
+    def save(self, folder: Path) -> None:
+        """Write into an existing folder what `Catalog` reads."""
+        for name in _ARRAYS:
+            np.save(folder / f"{name}.npy", self.arrays[name], allow_pickle=False)
+        self.bodies.tofile(folder / "items.bin")
+        (folder / "names.json").write_bytes(orjson.dumps({"categories": self.categories, "brands": self.brands}))
 
 
 def write_catalog(folder: Path, items: Sequence[Item], sids: Codes, popularity: npt.NDArray[np.float32]) -> None:
     """Write items with SIDs uint16 [N, L] and popularity float32 [N] into an existing folder, in row order."""
+    columns_of(items, sids, popularity).save(folder)
+
+
+def columns_of(items: Sequence[Item], sids: Codes, popularity: npt.NDArray[np.float32]) -> Columns:
+    """Items with SIDs uint16 [N, L] and popularity float32 [N], brought into row order."""
     ids = np.asarray([item.item_id for item in items], dtype=np.int64)
     keys: list[npt.NDArray[Any]] = [ids, -popularity, *sids.T[::-1]]  # lexsort reads the last key first
     order = np.lexsort(keys)
@@ -95,17 +131,14 @@ def write_catalog(folder: Path, items: Sequence[Item], sids: Codes, popularity: 
         "item_ids": ids[order],
         "item_sids": sids[order],
         "offsets": np.concatenate([[0], np.cumsum([len(b) for b in bodies], dtype=np.uint64)]).astype(np.uint64),
-        "categories": category_ids,
-        "brand": brand_ids[:, 0],
+        "categories": category_ids.reshape(-1, CATEGORY_LEVELS),
+        "brand": brand_ids.reshape(-1),
         "price": np.asarray([np.nan if i.price is None else i.price for i in rows], dtype=np.float32),
         "in_stock": np.asarray([i.in_stock for i in rows], dtype=np.bool_),
         "published_at": np.asarray([i.published_at for i in rows], dtype=np.int64),
         "popularity": popularity[order].astype(np.float32),
     }
-    for name, array in arrays.items():
-        np.save(folder / f"{name}.npy", array, allow_pickle=False)
-    (folder / "items.bin").write_bytes(b"".join(bodies))
-    (folder / "names.json").write_bytes(orjson.dumps({"categories": categories, "brands": brands}))
+    return Columns(arrays, np.frombuffer(b"".join(bodies), dtype=np.uint8), categories, brands)
 
 
 def _codes(names: Sequence[Sequence[str]]) -> tuple[list[str], npt.NDArray[np.int32]]:
@@ -119,36 +152,44 @@ class Catalog:
     """Read-only view of a folder written by `write_catalog`. Raises BundleError listing every fault."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        arrays = self._load_arrays()
-        self.item_ids: npt.NDArray[np.int64] = arrays["item_ids"]
-        self.sids: Codes = arrays["item_sids"]
-        self._columns = arrays
-        self._bodies = np.memmap(folder / "items.bin", dtype=np.uint8, mode="r")
-        names = orjson.loads((folder / "names.json").read_bytes())
-        self.categories: list[str] = names["categories"]
-        self.brands: list[str] = names["brands"]
-        self._check()
+        self._view(_read_columns(folder))
+
+    @classmethod
+    def of(cls, columns: Columns) -> Self:
+        """A catalog in memory; it may be empty."""
+        catalog = cls.__new__(cls)
+        catalog._view(columns)
+        return catalog
+
+    def _view(self, columns: Columns) -> None:
+        self.columns = columns
+        self.item_ids: npt.NDArray[np.int64] = columns.arrays["item_ids"]
+        self.sids: Codes = columns.arrays["item_sids"]
+        self.popularity: npt.NDArray[np.float32] = columns.arrays["popularity"]
+        self.categories, self.brands = columns.categories, columns.brands
+        self._category_codes, self._brand_codes = _by_name(self.categories), _by_name(self.brands)
         self._by_id = np.argsort(self.item_ids, kind="stable")
         self._sorted_ids = self.item_ids[self._by_id]
-        starts = np.flatnonzero(np.r_[True, (self.sids[1:] != self.sids[:-1]).any(axis=1)])
-        self._leaf_starts = np.r_[starts, self.num_items].astype(np.int64)
+        starts = np.flatnonzero((self.sids[1:] != self.sids[:-1]).any(axis=1)) + 1
+        self._leaf_starts = np.r_[np.zeros(min(self.num_items, 1), np.int64), starts, self.num_items]
 
     @property
     def num_items(self) -> int:
-        """Number of live items."""
+        """Number of items N."""
         return len(self.item_ids)
 
     @property
     def num_sids(self) -> int:
-        """Number of distinct SIDs, equal to the trie's."""
+        """Number of distinct SIDs M, equal to the trie's."""
         return len(self._leaf_starts) - 1
 
-    def rows_of(self, item_ids: Iterable[int]) -> npt.NDArray[np.int64]:
+    def rows_of(self, item_ids: Iterable[int]) -> Rows:
         """Rows of the ids that exist, in the given order, int64 [m]."""
         wanted = np.asarray(list(item_ids), dtype=np.int64)
-        at = np.minimum(np.searchsorted(self._sorted_ids, wanted), self.num_items - 1)
-        return np.asarray(self._by_id[at[self._sorted_ids[at] == wanted]], dtype=np.int64)
+        at = np.searchsorted(self._sorted_ids, wanted)
+        here = at < self.num_items
+        here[here] = self._sorted_ids[at[here]] == wanted[here]
+        return np.asarray(self._by_id[at[here]], dtype=np.int64)
 
     def row_of(self, item_id: int) -> int | None:
         """Row of one item, None when it is not in the catalog."""
@@ -161,83 +202,103 @@ class Catalog:
 
     def item_json(self, row: int) -> bytes:
         """Public fields of one item as JSON bytes."""
-        start, stop = self._columns["offsets"][row : row + 2]
-        return self._bodies[int(start) : int(stop)].tobytes()
+        start, stop = self.columns.arrays["offsets"][row : row + 2]
+        return self.columns.bodies[int(start) : int(stop)].tobytes()
+
+    def item(self, row: int) -> Item:
+        """One item in full."""
+        return Item.from_json(self.item_json(row), self.published_at(row))
+
+    def published_at(self, row: int) -> int:
+        """When an item was published, in Unix seconds; 0 if unknown."""
+        return int(self.columns.arrays["published_at"][row])
 
     def eligible(self, filters: Filters) -> npt.NDArray[np.bool_]:
-        """bool [N]: rows that satisfy every filter. An unknown category or brand satisfies nothing.
-
-        An item without a price satisfies no price bound.
-        """
+        """bool [N]: rows that satisfy every filter. An unknown category or brand satisfies nothing."""
+        columns = self.columns.arrays
         keep = np.ones(self.num_items, dtype=np.bool_)
         if filters.category is not None:
-            keep &= np.isin(self._columns["categories"], _positions(self.categories, filters.category)).any(axis=1)
+            codes = self._category_codes.get(normalise(filters.category), [])
+            keep &= _equals_any([columns["categories"][:, level] for level in range(CATEGORY_LEVELS)], codes)
         if filters.brand is not None:
-            keep &= np.isin(self._columns["brand"], _positions(self.brands, filters.brand))
+            keep &= _equals_any([columns["brand"]], self._brand_codes.get(normalise(filters.brand), []))
         if filters.price_min is not None:
-            keep &= self._columns["price"] >= filters.price_min
+            keep &= columns["price"] >= filters.price_min
         if filters.price_max is not None:
-            keep &= self._columns["price"] <= filters.price_max
+            keep &= columns["price"] <= filters.price_max
         if filters.in_stock is not None:
-            keep &= self._columns["in_stock"] == filters.in_stock
+            keep &= columns["in_stock"] == filters.in_stock
+        if filters.published_after is not None:
+            keep &= columns["published_at"] >= max(filters.published_after, 1)
         keep[self.rows_of(filters.exclude_items)] = False
         return keep
 
     def sid_mask(self, eligible: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
         """bool [M]: SIDs that hold at least one eligible row."""
-        return np.logical_or.reduceat(eligible, self._leaf_starts[:-1])
+        return np.logical_or.reduceat(eligible, self._leaf_starts[:-1]) if self.num_items else eligible
 
-    def expand(
-        self,
-        leaves: npt.NDArray[np.int64],
-        limit: int,
-        eligible: npt.NDArray[np.bool_] | None = None,
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Rows of the SIDs `leaves` (trie leaf numbers, best first), at most `limit`, ineligible rows left out.
+    def leaves_at(self, rows: Rows) -> Rows:
+        """Leaf number of the SID of each row, int64 [n]."""
+        return np.searchsorted(self._leaf_starts, rows, side="right") - 1
 
-        Returns rows int64 [n] and for each the position of its SID in `leaves`, int64 [n].
-        """
+    def rows_under(self, leaves: Rows) -> tuple[Rows, Rows]:
+        """All rows of the SIDs `leaves`, SID by SID in the given order, int64 [n]; and the position of each row's
+        SID in `leaves`, int64 [n]."""
         starts = self._leaf_starts[leaves]
         counts = self._leaf_starts[np.asarray(leaves) + 1] - starts
         sources = np.repeat(np.arange(len(leaves)), counts)
         within = np.arange(len(sources)) - np.repeat(np.cumsum(counts) - counts, counts)
-        rows = starts[sources] + within
-        if eligible is not None:
-            kept = eligible[rows]
-            rows, sources = rows[kept], sources[kept]
-        return rows[:limit].astype(np.int64), sources[:limit].astype(np.int64)
-
-    def _load_arrays(self) -> dict[str, npt.NDArray[Any]]:
-        arrays: dict[str, npt.NDArray[Any]] = {}
-        faults: list[str] = []
-        for name in (*_ARRAYS, "items.bin", "names.json"):
-            path = self._folder / (name if "." in name else f"{name}.npy")
-            try:
-                if path.suffix == ".npy":
-                    arrays[name] = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
-                elif path.stat().st_size == 0:
-                    faults.append(f"{path.name}: is empty")
-            except (OSError, ValueError, EOFError) as error:
-                faults.append(f"{path.name}: {error}")
-        if faults:
-            raise BundleError(f"catalog {self._folder}", faults)
-        return arrays
-
-    def _check(self) -> None:
-        n, offsets = self.num_items, self._columns["offsets"]
-        faults = [
-            f"{name}.npy: has {len(self._columns[name])} rows, expected {n + (name == 'offsets')}"
-            for name in _ARRAYS
-            if len(self._columns[name]) != n + (name == "offsets")
-        ]
-        if n == 0:
-            faults.append("item_ids.npy: holds no items")
-        elif int(offsets[-1]) != len(self._bodies) or (offsets[1:] < offsets[:-1]).any():
-            faults.append(f"offsets.npy: does not divide items.bin of {len(self._bodies)} bytes")
-        if faults:
-            raise BundleError(f"catalog {self._folder}", faults)
+        return starts[sources] + within, sources
 
 
-def _positions(names: Sequence[str], wanted: str) -> list[int]:
-    key = normalise(wanted)
-    return [i for i, name in enumerate(names) if normalise(name) == key]
+def _by_name(names: Sequence[str]) -> dict[str, list[int]]:
+    """Codes of the names that are the same after normalisation."""
+    codes: dict[str, list[int]] = {}
+    for code, name in enumerate(names):
+        codes.setdefault(normalise(name), []).append(code)
+    return codes
+
+
+def _equals_any(columns: Sequence[npt.NDArray[Any]], codes: Sequence[int]) -> npt.NDArray[np.bool_]:
+    """bool [N]: rows where any column holds any of the codes."""
+    found = np.zeros(len(columns[0]), dtype=np.bool_)
+    for column in columns:
+        for code in codes:
+            found |= column == code
+    return found
+
+
+def _read_columns(folder: Path) -> Columns:
+    arrays: dict[str, npt.NDArray[Any]] = {}
+    faults: list[str] = []
+    for name in (*_ARRAYS, "items.bin", "names.json"):
+        path = folder / (name if "." in name else f"{name}.npy")
+        try:
+            if path.suffix == ".npy":
+                arrays[name] = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+            elif path.stat().st_size == 0:
+                faults.append(f"{path.name}: is empty")
+        except (OSError, ValueError, EOFError) as error:
+            faults.append(f"{path.name}: {error}")
+    if faults:
+        raise BundleError(f"catalog {folder}", faults)
+    names = orjson.loads((folder / "names.json").read_bytes())
+    bodies = np.asarray(np.memmap(folder / "items.bin", dtype=np.uint8, mode="r"))
+    columns = Columns(arrays, bodies, names["categories"], names["brands"])
+    if faults := _column_faults(columns):
+        raise BundleError(f"catalog {folder}", faults)
+    return columns
+
+
+def _column_faults(columns: Columns) -> list[str]:
+    n, offsets = len(columns.arrays["item_ids"]), columns.arrays["offsets"]
+    faults = [
+        f"{name}.npy: has {len(columns.arrays[name])} rows, expected {n + (name == 'offsets')}"
+        for name in _ARRAYS
+        if len(columns.arrays[name]) != n + (name == "offsets")
+    ]
+    if n == 0:
+        faults.append("item_ids.npy: holds no items")
+    elif int(offsets[-1]) != len(columns.bodies) or (offsets[1:] < offsets[:-1]).any():
+        faults.append(f"offsets.npy: does not divide items.bin of {len(columns.bodies)} bytes")
+    return faults

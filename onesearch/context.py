@@ -79,25 +79,31 @@ class ContextEncoder:
         """uint16 [n, L] of query texts."""
         return self.codebooks.encode(self.embedder.embed(queries))
 
-    def fields(self, context: SearchContext, query_sid: Codes | None = None) -> Fields:
-        """Prompt fields of a context; pass query_sid (uint16 [L]) when it was computed in a batch."""
+    def fields(
+        self, context: SearchContext, query_sid: Codes | None = None, items: SidLookup | None = None
+    ) -> Fields:
+        """Prompt fields of a context; pass query_sid (uint16 [L]) when it was computed in a batch.
+
+        items: where the history is looked up, by default the bundle's own items.
+        """
+        items = items or self._items
         sid = self.query_sids([context.query])[0] if query_sid is None else query_sid
         return Fields(
             query=context.query,
             query_sid=sid,
             profile=context.profile,
             recent_queries=context.recent_queries,
-            recent_sids=self._items.sids_of(context.recent_items),
-            history=self.history(context.long_items),
+            recent_sids=items.sids_of(context.recent_items),
+            history=self.history(context.long_items, items),
             keywords=context.keywords,
         )
 
-    def history(self, item_ids: Sequence[int]) -> npt.NDArray[np.float32] | None:
+    def history(self, item_ids: Sequence[int], items: SidLookup | None = None) -> npt.NDArray[np.float32] | None:
         """Long-history vectors float32 [3, E]: per RQ level the L2-normalised mean centroid (spec §3.6).
 
         None when no item of the history is in the catalog. The latest MAX_LONG_ITEMS count.
         """
-        sids = self._items.sids_of(item_ids[-MAX_LONG_ITEMS:])
+        sids = (items or self._items).sids_of(item_ids[-MAX_LONG_ITEMS:])
         if len(sids) == 0:
             return None
         mean = self.codebooks.level_vectors(sids).mean(axis=0)

@@ -1,4 +1,4 @@
-"""One search from raw context to ranked rows: understand, render, prefill, decode, expand.
+"""One search from raw context to ranked rows: understand, render, select, prefill, decode, expand.
 
 Serving, evaluation and the golden examples of a bundle all run this function; they differ only in the decoder.
 """
@@ -15,9 +15,10 @@ import numpy.typing as npt
 
 from onesearch.bundle import Bundle, GoldenExample
 from onesearch.catalog import Filters
-from onesearch.context import SearchContext
+from onesearch.context import SearchContext, SidLookup
 from onesearch.decode import BeamConfig, BeamResult, Score, StepFn, beam_search
 from onesearch.errors import DeadlineError
+from onesearch.live import LiveCatalog, Popularity, Selection, Snapshot
 from onesearch.runtime import Decoder
 from onesearch.sequence import Prompt
 from onesearch.sid import Codes
@@ -43,11 +44,12 @@ class SearchOptions:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """rows: int64 [n] catalog rows, best first. scores: float32 [n], the log-probability of each row's SID.
+    """rows: int64 [n] rows of `catalog`, best first. scores: float32 [n], the log-probability of each row's SID.
 
     beams: beams kept per level. timings_ms: wall time per stage. eligible: items that pass the filters.
     """
 
+    catalog: Snapshot
     rows: npt.NDArray[np.int64]
     scores: npt.NDArray[np.float32]
     query_sid: Codes
@@ -91,57 +93,59 @@ class Clock:
 
 
 class Searcher:
-    """Searches one bundle with one decoder. Thread-safe if the decoder is."""
+    """Searches one bundle with one decoder. Thread-safe if the decoder is.
+
+    live holds the items, which may change at any time; popularity, if any, replaces the catalog's own.
+    """
 
     def __init__(self, bundle: Bundle, decoder: Decoder) -> None:
         self.bundle = bundle
+        self.live = LiveCatalog(
+            bundle.catalog, bundle.trie, bundle.manifest.catalog_version, bundle.encoder.query_sids
+        )
+        self.popularity: Popularity | None = None
         self._decoder = decoder
 
     def search(self, context: SearchContext, options: SearchOptions) -> SearchResult:
-        """The best min(limit, eligible) items for a context.
+        """The best min(limit, eligible) items for a context, all of one moment of the catalog.
 
+        The beam is never narrower than the limit, so that it cannot run out of SIDs: each holds an eligible item.
         Raises DecodeError if the model fails and DeadlineError when the time of the options runs out.
         """
-        clock, catalog = Clock(deadline=options.deadline), self.bundle.catalog
+        clock, catalog = Clock(deadline=options.deadline), self.live.snapshot
         with clock.stage("understand"):
             if options.keywords and not context.keywords:
                 context = replace(context, keywords=self.bundle.keywords.match(context.query))
-            prompt, query_sid = self.render(context)
+            prompt, query_sid = self.render(context, catalog)
         with clock.stage("mask"):
-            eligible = None if options.filters is None else catalog.eligible(options.filters)
-            legal = None if eligible is None else catalog.sid_mask(eligible)
-        config = BeamConfig(width=options.width, top_n=min(options.limit, options.width), score=options.score)
-        found = self.decode(prompt, config, legal, clock)
+            selection = catalog.select(options.filters)
+        config = BeamConfig(max(options.width, options.limit), options.limit, options.score)
+        found = self.decode(prompt, config, selection, clock)
         with clock.stage("expand"):
-            rows, sources = catalog.expand(found.leaves, options.limit, eligible)
-        count = catalog.num_items if eligible is None else int(eligible.sum())
-        scores = found.scores[sources]
-        return SearchResult(rows, scores, query_sid, context.keywords, found.beams, clock.timings, count)
+            rows, sources = catalog.expand(found.leaves, options.limit, selection, self.popularity)
+        scores, beams, count = found.scores[sources], found.beams, selection.count
+        return SearchResult(catalog, rows, scores, query_sid, context.keywords, beams, clock.timings, count)
 
-    def render(self, context: SearchContext) -> tuple[Prompt, Codes]:
-        """The model input of a context and the query's SID uint16 [L]."""
-        fields = self.bundle.encoder.fields(context)
+    def render(self, context: SearchContext, items: SidLookup | None = None) -> tuple[Prompt, Codes]:
+        """The model input of a context and the query's SID uint16 [L]; items: where its history is looked up, by
+        default the bundle's own."""
+        fields = self.bundle.encoder.fields(context, items=items)
         assert fields.query_sid is not None
         return self.bundle.renderer.prompt("search", fields), fields.query_sid
 
     def decode(
-        self,
-        prompt: Prompt,
-        config: BeamConfig,
-        legal: npt.NDArray[np.bool_] | None = None,
-        clock: Clock | None = None,
+        self, prompt: Prompt, config: BeamConfig, selection: Selection | None = None, clock: Clock | None = None
     ) -> BeamResult:
-        """Beam search over the live SIDs for a rendered prompt; legal bool [M] restricts them by leaf index.
+        """Beam search for a rendered prompt over the SIDs of the selected items, by default the bundle's own.
 
         The one part of a search that may run elsewhere: a searcher whose model is on a server overrides it.
         """
         clock = clock or Clock()
-        with clock.stage("mask"):
-            mask = None if legal is None else self.bundle.trie.subset(legal)
+        trie, mask = (self.bundle.trie, None) if selection is None else (selection.trie, selection.mask)
         with clock.stage("prefill"):
             step = self._decoder.start(prompt)
         with clock.stage("decode"):
-            return beam_search(clock.timely(step), self.bundle.trie, config, mask)
+            return beam_search(clock.timely(step), trie, config, mask)
 
 
 def golden_example(searcher: Searcher, context: SearchContext, width: int = 512) -> GoldenExample:

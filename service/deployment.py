@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from onesearch.bundle import Bundle, open_bundle
-from onesearch.catalog import Catalog
 from onesearch.errors import BundleError, ConfigError, FaultsError, OneSearchError
+from onesearch.live import LiveCatalog
 from onesearch.runtime import OnnxDecoder
 from onesearch.search import Searcher, SearchOptions, replay
 from service.inference import EmbeddedRunner, InferenceRunner
@@ -23,8 +23,7 @@ class Engine:
 
     name: str
     model_version: str
-    catalog_version: str
-    catalog: Catalog
+    live: LiveCatalog
     runner: InferenceRunner
     check: Callable[[], list[str]]
     examples: tuple[str, ...] = ()
@@ -89,8 +88,7 @@ def open_engine(name: str, bundle: Bundle, settings: Settings) -> Engine:
     return Engine(
         name=name,
         model_version=bundle.manifest.model_version,
-        catalog_version=bundle.manifest.catalog_version,
-        catalog=bundle.catalog,
+        live=searcher.live,
         runner=EmbeddedRunner(searcher, settings.concurrency),
         check=lambda: replay(searcher, bundle.examples),
         examples=tuple(queries)[:EXAMPLE_QUERIES],

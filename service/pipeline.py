@@ -3,28 +3,23 @@
 import asyncio
 import time
 from collections.abc import Awaitable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 import orjson
 
-from onesearch.catalog import Catalog
 from onesearch.context import SearchContext, assemble
 from onesearch.errors import InputError
 from onesearch.search import SearchOptions, SearchResult
-from service.admission import NARROW_BEAM, Admission
 from service.deployment import Deployment, Variant
 from service.problems import HeaderError, NotFound
 from service.schemas import EventRequest, SearchRequest
-from service.settings import Settings
 from service.state import EVENT_HISTORIES, StateStore, StateUnavailable, UserState
 from service.telemetry import Metrics
 
 T = TypeVar("T")
 
 VARIANT_HEADER = "X-OneSearch-Variant"
-DEADLINE_HEADER = "X-OneSearch-Deadline-Ms"
-MAX_DEADLINE_MS = 60_000
 BUCKET_HEADER = "X-OneSearch-Bucket-Key"
 MAX_BUCKET_KEY = 256
 UNKNOWN_USER, STATE_UNAVAILABLE = "unknown_user", "state_unavailable"
@@ -32,15 +27,11 @@ UNKNOWN_USER, STATE_UNAVAILABLE = "unknown_user", "state_unavailable"
 
 @dataclass(frozen=True)
 class Caller:
-    """What the headers of a request say: its id, a variant to force, the key of the split, its deadline.
-
-    deadline: the `time.monotonic()` after which the answer is of no use; None for the default of the service.
-    """
+    """What the headers of a request say: its id, a variant to force and the key of the split."""
 
     request_id: str
     forced_variant: str | None = None
     bucket_key: str | None = None
-    deadline: float | None = None
 
 
 @dataclass(frozen=True)
@@ -55,12 +46,10 @@ class Answer:
 class Pipeline:
     """Answers searches and records events. State that fails or is slow costs its history, never the search."""
 
-    def __init__(self, deployment: Deployment, store: StateStore, settings: Settings, metrics: Metrics) -> None:
+    def __init__(self, deployment: Deployment, store: StateStore, state_timeout: float, metrics: Metrics) -> None:
         self._deployment = deployment
         self._store = store
-        self._timeout = settings.state_timeout_ms / 1e3
-        self._deadline = settings.deadline_ms / 1e3
-        self._admission = Admission(settings.concurrency, settings.queue_limit, metrics.load)
+        self._timeout = state_timeout
         self._metrics = metrics
 
     def choose(self, caller: Caller, user: str | None) -> Variant:
@@ -79,39 +68,32 @@ class Pipeline:
         """The answer to one search. Raises InputError for a variant that is not served."""
         started = time.perf_counter()
         variant = self.choose(caller, request.user_id)
-        deadline = time.monotonic() + self._deadline if caller.deadline is None else caller.deadline
         history, degraded = await self._history(request)
         spent = {"state": _ms_since(started)}
         context = context_of(request.query, history)
         filters = None if request.filters is None else request.filters.to_filters()
-        options = variant.search_options(request.limit, filters=filters, deadline=deadline)
-        asked = time.perf_counter()
-        async with self._admission.slot(variant.engine.name, options.width, options.limit, deadline) as width:
-            spent["queue"] = _ms_since(asked)
-            if width < options.width:
-                degraded.append(NARROW_BEAM)
-            options = replace(options, width=width)
-            result = await variant.engine.runner.search(context, options)
+        options = variant.search_options(request.limit, filters=filters)
+        result = await variant.engine.runner.search(context, options)
         spent |= result.timings_ms | {"total": _ms_since(started)}
         body = {
             "request_id": caller.request_id,
             "query": request.query,
             "variant": variant.name,
             "model_version": variant.engine.model_version,
-            "catalog_version": variant.engine.catalog_version,
+            "catalog_version": result.catalog.version,
             "keywords": result.keywords,
-            "items": _items(variant.engine.catalog, result),
+            "items": _items(result),
             "degraded": degraded,
             "timings_ms": spent,
         }
         if request.explain:
             body["explain"] = _explain(context, options, result)
-        self._metrics.search(variant.name, options.width, spent, degraded)
+        self._metrics.search(variant.name, spent, degraded)
         return Answer(orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY), variant.name, spent)
 
     async def record(self, event: EventRequest) -> None:
         """Accept one event. Raises InputError for an item of no catalog and StateUnavailable."""
-        if all(engine.catalog.row_of(event.item_id) is None for engine in self._deployment.engines):
+        if all(engine.live.snapshot.row_of(event.item_id) is None for engine in self._deployment.engines):
             raise InputError("item_id", f"{event.item_id} is not in the catalog")
         histories = EVENT_HISTORIES[event.type]
         if histories:
@@ -121,9 +103,10 @@ class Pipeline:
     def item(self, item_id: int) -> bytes:
         """The JSON of one item with its SID, from the first bundle that has it. Raises NotFound."""
         for engine in self._deployment.engines:
-            row = engine.catalog.row_of(item_id)
-            if row is not None:
-                return spliced({"sid": engine.catalog.sids[row].tolist()}, engine.catalog.item_json(row))
+            snapshot = engine.live.snapshot
+            rows = snapshot.rows_of([item_id])
+            if len(rows):
+                return spliced({"sid": snapshot.sids_at(rows)[0].tolist()}, snapshot.item_json(int(rows[0])))
         raise NotFound(f"item {item_id} is not in the catalog")
 
     async def _history(self, request: SearchRequest) -> tuple[UserState, list[str]]:
@@ -159,8 +142,9 @@ def spliced(fields: Mapping[str, Any], item: bytes) -> bytes:
     return orjson.dumps(fields)[:-1] + b"," + item[1:]
 
 
-def _items(catalog: Catalog, result: SearchResult) -> list[orjson.Fragment]:
-    found = zip(result.rows.tolist(), result.scores.tolist(), catalog.sids[result.rows].tolist(), strict=True)
+def _items(result: SearchResult) -> list[orjson.Fragment]:
+    catalog, rows = result.catalog, result.rows
+    found = zip(rows.tolist(), result.scores.tolist(), catalog.sids_at(rows).tolist(), strict=True)
     return [
         orjson.Fragment(spliced({"rank": i, "score": round(score, 6), "sid": sid}, catalog.item_json(row)))
         for i, (row, score, sid) in enumerate(found, start=1)

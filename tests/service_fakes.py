@@ -6,13 +6,15 @@ from pathlib import Path
 
 import numpy as np
 
-from onesearch.catalog import Catalog, Filters, Item, write_catalog
+from onesearch.catalog import Catalog, Item, write_catalog
 from onesearch.context import SearchContext
+from onesearch.live import LiveCatalog
 from onesearch.search import SearchOptions, SearchResult
 from service.deployment import Deployment, Engine
 from service.settings import Settings
 from service.state import History, StateUnavailable, UserState
 from service.variants import Split, VariantOptions
+from trie import SidTrie
 
 TITLES = (
     ("Trail running shoes", "Fleet", "shoes", 79.0),
@@ -25,8 +27,8 @@ TITLES = (
 FIRST_ID = 100
 
 
-def tiny_catalog(folder: Path) -> Catalog:
-    """Six items with ids from FIRST_ID, two to a SID; the third is out of stock."""
+def tiny_catalog(folder: Path) -> LiveCatalog:
+    """Catalog "c1": six items with ids from FIRST_ID, two to a SID; the third is out of stock."""
     items = [
         Item(FIRST_ID + i, title, brand, ("sport" if i < 5 else "home", category), price, None, i != 2)
         for i, (title, brand, category, price) in enumerate(TITLES)
@@ -34,14 +36,17 @@ def tiny_catalog(folder: Path) -> Catalog:
     sids = np.asarray([[i // 2, 0, i // 2, 1, 0] for i in range(len(items))], dtype=np.uint16)
     folder.mkdir(parents=True)
     write_catalog(folder, items, sids, np.zeros(len(items), dtype=np.float32))
-    return Catalog(folder)
+    new = np.asarray([1, 1, 1, 1, 1], dtype=np.uint16)
+    return LiveCatalog(
+        Catalog(folder), SidTrie.build(sids, (3, 2, 3, 2, 2)), "c1", lambda texts: new[None].repeat(len(texts), 0)
+    )
 
 
 class FakeRunner:
     """Ranks items by how many words of the query their title has. A query "boom" fails, as a model might."""
 
-    def __init__(self, catalog: Catalog) -> None:
-        self.catalog = catalog
+    def __init__(self, live: LiveCatalog) -> None:
+        self.live = live
         self.seen: list[tuple[SearchContext, SearchOptions]] = []
         self.closed = False
 
@@ -51,17 +56,17 @@ class FakeRunner:
         if context.query == "boom":
             raise RuntimeError(f"the model broke on {context.query!r}")
         words = context.query.casefold().split()
-        eligible = self.catalog.eligible(options.filters or Filters())
-        titles = [title.casefold() for title, *_ in TITLES]
-        hits = {i: sum(word in titles[i] for word in words) for i in np.flatnonzero(eligible).tolist()}
+        catalog = self.live.snapshot
+        everything, _ = catalog.expand(np.arange(catalog.trie.num_sids), 1000, catalog.select(options.filters))
+        titles = {row: catalog.item(row).title.casefold() for row in everything.tolist()}
+        hits = {row: sum(word in title for word in words) for row, title in titles.items()}
         rows = sorted((i for i, hit in hits.items() if hit), key=lambda i: (-hits[i], i))[: options.limit]
         scores = np.asarray([-1.0 / hits[row] for row in rows], dtype=np.float32)
         timings = {"understand": 0.1, "mask": 0.0, "prefill": 1.0, "decode": 2.0, "expand": 0.1}
         keywords = tuple(words) if options.keywords else ()
         query_sid = np.zeros(5, dtype=np.uint16)
-        return SearchResult(
-            np.asarray(rows, dtype=np.int64), scores, query_sid, keywords, (1, 3), timings, int(eligible.sum())
-        )
+        found = np.asarray(rows, dtype=np.int64)
+        return SearchResult(catalog, found, scores, query_sid, keywords, (1, 3), timings, len(everything))
 
     async def close(self) -> None:
         self.closed = True
@@ -89,13 +94,12 @@ class BrokenStore:
 
 def fake_engine(folder: Path, faults: tuple[str, ...] = ()) -> Engine:
     """An engine named "tiny" over the tiny catalog; its check reports the given faults."""
-    catalog = tiny_catalog(folder / "items")
+    live = tiny_catalog(folder / "items")
     return Engine(
         name="tiny",
         model_version="m1",
-        catalog_version="c1",
-        catalog=catalog,
-        runner=FakeRunner(catalog),
+        live=live,
+        runner=FakeRunner(live),
         check=lambda: list(faults),
         examples=("running shoes", "wool socks"),
     )

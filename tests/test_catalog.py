@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onesearch.catalog import Catalog, Filters, Item, write_catalog
+from onesearch.catalog import Catalog, Filters, Item, columns_of, write_catalog
 from onesearch.errors import BundleError
 
 BRANDS = ("Acme", "Étoile", "")
@@ -26,6 +26,7 @@ def make_items(count: int, seed: int) -> tuple[list[Item], np.ndarray, np.ndarra
             price=None if rng.random() < 0.2 else float(rng.integers(1, 50)),
             in_stock=bool(rng.random() < 0.7),
             attributes=(("colour", "red"),),
+            published_at=int(rng.integers(0, 5)) * 1000,
         )
         for item_id in rng.permutation(10 * count)[:count]
     ]
@@ -70,6 +71,7 @@ def test_unknown_ids_are_left_out(tmp_path: Path) -> None:
     brand=st.sampled_from([None, "acme", "étoile", "none such"]),
     price=st.tuples(st.none() | st.integers(0, 50), st.none() | st.integers(0, 50)),
     in_stock=st.none() | st.booleans(),
+    published=st.none() | st.integers(0, 4000),
     seed=st.integers(0, 3),
 )
 def test_filters_equal_a_plain_reading_of_each_item(
@@ -78,12 +80,13 @@ def test_filters_equal_a_plain_reading_of_each_item(
     brand: str | None,
     price: tuple[int | None, int | None],
     in_stock: bool | None,
+    published: int | None,
     seed: int,
 ) -> None:
     catalog, items, _, _ = write(tmp_path_factory.mktemp("catalog"), 60, seed)
     excluded = items[0].item_id
     low, high = (None if p is None else float(p) for p in price)
-    eligible = catalog.eligible(Filters(category, brand, low, high, in_stock, (excluded, 10**9)))
+    eligible = catalog.eligible(Filters(category, brand, low, high, in_stock, (excluded, 10**9), published))
 
     def passes(item: Item) -> bool:
         return (
@@ -93,6 +96,7 @@ def test_filters_equal_a_plain_reading_of_each_item(
             and (low is None or (item.price is not None and item.price >= low))
             and (high is None or (item.price is not None and item.price <= high))
             and (in_stock is None or item.in_stock == in_stock)
+            and (published is None or 0 < item.published_at >= published)
         )
 
     assert set(catalog.item_ids[eligible].tolist()) == {i.item_id for i in items if passes(i)}
@@ -101,29 +105,37 @@ def test_filters_equal_a_plain_reading_of_each_item(
     assert [tuple(s) in legal for s in distinct.tolist()] == catalog.sid_mask(eligible).tolist()
 
 
-@given(st.integers(0, 5), st.integers(1, 300))
-def test_expansion_walks_sids_in_order_without_duplicates_and_fills_the_page(
-    tmp_path_factory: pytest.TempPathFactory, seed: int, limit: int
+@given(st.integers(0, 5))
+def test_rows_under_sids_come_sid_by_sid_in_the_order_asked(
+    tmp_path_factory: pytest.TempPathFactory, seed: int
 ) -> None:
     catalog, _, _, _ = write(tmp_path_factory.mktemp("catalog"), 80, seed)
-    leaves = np.random.default_rng(seed).permutation(catalog.num_sids)
-    eligible = catalog.eligible(Filters(in_stock=True))
-    rows, sources = catalog.expand(leaves, limit, eligible)
+    leaves = np.random.default_rng(seed).permutation(catalog.num_sids)[:30]
+    rows, sources = catalog.rows_under(leaves)
     distinct = np.unique(catalog.sids, axis=0)
     expected = [
         (row, place)
         for place, leaf in enumerate(leaves)
         for row in range(catalog.num_items)
-        if catalog.sids[row].tolist() == distinct[leaf].tolist() and eligible[row]
+        if catalog.sids[row].tolist() == distinct[leaf].tolist()
     ]
-    assert list(zip(rows.tolist(), sources.tolist(), strict=True)) == expected[:limit]
-    assert len(rows) == min(limit, int(eligible.sum()))
+    assert list(zip(rows.tolist(), sources.tolist(), strict=True)) == expected
+    assert catalog.leaves_at(rows).tolist() == leaves[sources].tolist()
 
 
-def test_expanding_nothing_gives_nothing(tmp_path: Path) -> None:
-    catalog, _, _, _ = write(tmp_path)
-    rows, sources = catalog.expand(np.zeros(0, dtype=np.int64), 10)
-    assert len(rows) == len(sources) == 0
+def test_an_item_is_read_back_as_it_was_written(tmp_path: Path) -> None:
+    catalog, items, _, _ = write(tmp_path)
+    for item in items[:20]:
+        row = catalog.row_of(item.item_id)
+        assert row is not None
+        assert catalog.item(row) == item
+
+
+def test_a_catalog_in_memory_may_be_empty() -> None:
+    empty = Catalog.of(columns_of([], np.zeros((0, 5), dtype=np.uint16), np.zeros(0, dtype=np.float32)))
+    assert (empty.num_items, empty.num_sids, empty.row_of(1)) == (0, 0, None)
+    assert empty.sid_mask(empty.eligible(Filters(category="home"))).shape == (0,)
+    assert [len(part) for part in empty.rows_under(np.zeros(0, dtype=np.int64))] == [0, 0]
 
 
 def test_all_damaged_files_are_listed_at_once(tmp_path: Path) -> None:

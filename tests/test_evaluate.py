@@ -49,7 +49,7 @@ class FakeSearcher:
         rows = np.asarray(ANSWERS.get(context.query, []), dtype=np.int64)
         scores = -np.arange(len(rows), dtype=np.float32)
         return SearchResult(
-            rows, scores, np.zeros(5, np.uint16), (), (), {"decode": 2.0, "expand": 1.0}, len(ITEMS)
+            None, rows, scores, np.zeros(5, np.uint16), (), (), {"decode": 2.0, "expand": 1.0}, len(ITEMS)
         )
 
 

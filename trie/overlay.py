@@ -16,24 +16,21 @@ from trie.trie import Codes, SidTrie
 class Overlay:
     """The union of two tries with the face of `SidTrie` and exactly its search results. Immutable, thread-safe.
 
-    Leaf indices: the base keeps its own, 0 … base.num_sids - 1; leaf j of `added` is base.num_sids + j. SIDs go away
-    by a mask. Building costs a look-up of every added SID; a search costs time for the additions it meets.
+    Leaf indices: the base keeps its own, 0 … base.num_sids - 1; leaf j of `added` is base.num_sids + j. A SID that
+    both hold is legal while either leaf is, and found once, by the base's leaf while that is legal. SIDs go away by
+    a mask. A search costs time for the additions it meets.
     """
 
     def __init__(self, base: SidTrie, added: SidTrie) -> None:
-        """Raises ValueError when the codebook sizes differ, or the base already holds an added SID."""
+        """Raises ValueError when the codebook sizes differ."""
         if added.sizes != base.sizes:
             raise ValueError(f"added trie has sizes {added.sizes}, expected the base's {base.sizes}")
-        sids = added.sids()
-        twice = base.contains(sids)
-        if twice.any():
-            raise ValueError(f"SID {tuple(sids[twice.argmax()].tolist())} is in the base and among the added")
         self.base, self.added = base, added
         self.sizes = base.sizes
 
     @property
     def num_sids(self) -> int:
-        """Distinct SIDs S."""
+        """Leaves S of both tries; a SID that both hold counts twice."""
         return self.base.num_sids + self.added.num_sids
 
     @property
@@ -47,9 +44,12 @@ class Overlay:
         return self.base.nbytes + self.added.nbytes
 
     def index(self, codes: npt.ArrayLike) -> npt.NDArray[np.int64]:
-        """Leaf index of each SID of codes [M, L], int64 [M]; -1 where absent. Raises ValueError as `SidTrie`."""
+        """Leaf index of each SID of codes [M, L], the base's if it has one, int64 [M]; -1 where absent.
+
+        Raises ValueError as `SidTrie`.
+        """
         found, more = self.base.index(codes), self.added.index(codes)
-        return np.where(more >= 0, more + self.base.num_sids, found)
+        return np.where((found < 0) & (more >= 0), more + self.base.num_sids, found)
 
     def contains(self, codes: npt.ArrayLike) -> npt.NDArray[np.bool_]:
         """Whether each SID of codes [M, L] is in either trie, bool [M]. Raises ValueError as `SidTrie`."""
