@@ -22,7 +22,7 @@ from onesearch.errors import ConfigError
 from onesearch.sid import RQ_LEVELS, Codes, SidSpec, SidVocab
 from onesearch.text import normalise
 
-TEMPLATE_VERSION = 1
+TEMPLATE_VERSION = 2
 _CACHED_TEXTS = 65_536  # queries and keywords repeat, in logs and in traffic
 
 # One task tag opens every prompt and one field tag opens every field. A field that is absent leaves no trace, so
@@ -40,6 +40,11 @@ TASKS: dict[str, tuple[str, ...]] = {
     "title_to_query": ("title",),
     "query_sid_to_item_sid": ("query_sid",),
     "item_sid_to_query_sid": ("item_sid",),
+    "items_to_next_item": ("profile", "recent_items"),
+    "query_to_keywords": ("query",),
+    "query_sid_to_keyword_sid": ("query_sid",),
+    "user_to_keywords": ("query", "query_sid", "profile", "history", "recent_items", "recent_queries"),
+    "user_to_keyword_sid": ("query_sid", "profile", "history", "recent_items", "recent_queries"),
 }
 _FIELDS = (
     "query",
@@ -53,9 +58,10 @@ _FIELDS = (
     "keywords",
 )
 PAD, BOS, EOS, SEP = "<pad>", "<bos>", "<eos>", "<sep>"
+DISTILL = "<distill>"  # ends a student prompt in the special-token mode of self-distillation (spec §4.7)
 HISTORY_TOKENS = tuple(f"<history_{level}>" for level in range(RQ_LEVELS))
 CONTROL_TOKENS = (
-    *(PAD, BOS, EOS, SEP),
+    *(PAD, BOS, EOS, SEP, DISTILL),
     *HISTORY_TOKENS,
     *(f"<task_{name}>" for name in TASKS),
     *(f"<field_{name}>" for name in _FIELDS),
@@ -133,6 +139,7 @@ class Renderer:
         self._control = {token: self._require(token) for token in CONTROL_TOKENS}
         self.sids = SidVocab(spec, self._require(spec.token_strings()[0]))
         self.pad, self.bos, self.eos = self._control[PAD], self._control[BOS], self._control[EOS]
+        self.distill = self._control[DISTILL]
         self.history_ids = tuple(self._control[token] for token in HISTORY_TOKENS)
         last = spec.token_strings()[-1]
         if self._require(last) != self.sids.first_id + spec.offsets[-1] - 1:

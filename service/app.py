@@ -12,6 +12,7 @@ from onesearch import __version__
 from service import problems, routes
 from service.deployment import Deployment
 from service.envelope import Envelope
+from service.limits import RateLimit
 from service.pipeline import Pipeline
 from service.readiness import Readiness
 from service.settings import Settings
@@ -19,6 +20,7 @@ from service.state import StateStore
 from service.state_redis import RedisStore
 from service.state_sqlite import SqliteStore
 from service.telemetry import Metrics
+from service.tracing import Tracer, open_tracer
 
 _SQLITE = "sqlite:"
 _SECONDS_PER_DAY = 86_400
@@ -35,6 +37,9 @@ def open_store(settings: Settings) -> StateStore:
 def create_app(settings: Settings, deployment: Deployment, store: StateStore) -> FastAPI:
     """The service over an opened deployment and store; both belong to the app, which closes them at its end."""
     metrics = Metrics()
+    readiness = Readiness(deployment.engines)
+    tracer = open_tracer(settings.traces) if settings.traces else None
+    rate_limit = RateLimit(settings.rate_limit, settings.client_header) if settings.rate_limit else None
     for variant in deployment.variants.values():
         metrics.variant(variant.name, variant.engine.model_version, variant.engine.live.snapshot.version)
     app = FastAPI(
@@ -43,9 +48,10 @@ def create_app(settings: Settings, deployment: Deployment, store: StateStore) ->
         description="Generative e-commerce search. Errors are problem+json (RFC 9457).",
         docs_url=None,
         redoc_url=None,
-        lifespan=_lifespan(settings, deployment, store, metrics),
+        lifespan=_lifespan(settings, deployment, store, metrics, readiness, tracer),
     )
-    app.add_middleware(Envelope, metrics=metrics)
+    app.state.readiness = readiness
+    app.add_middleware(Envelope, metrics=metrics, readiness=readiness, rate_limit=rate_limit, tracer=tracer)
     app.include_router(routes.router)
     app.mount("/page", StaticFiles(directory=routes.PAGE), name="page")
     problems.install(app)
@@ -53,15 +59,19 @@ def create_app(settings: Settings, deployment: Deployment, store: StateStore) ->
 
 
 def _lifespan(
-    settings: Settings, deployment: Deployment, store: StateStore, metrics: Metrics
+    settings: Settings,
+    deployment: Deployment,
+    store: StateStore,
+    metrics: Metrics,
+    readiness: Readiness,
+    tracer: Tracer | None,
 ) -> Callable[[FastAPI], AbstractAsyncContextManager[routes.Parts]]:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[routes.Parts]:
-        readiness = Readiness(deployment.engines)
         checking = asyncio.create_task(readiness.check())
         yield {
             "deployment": deployment,
-            "pipeline": Pipeline(deployment, store, settings.state_timeout_ms / 1e3, metrics),
+            "pipeline": Pipeline(deployment, store, settings, metrics),
             "readiness": readiness,
             "metrics": metrics,
         }
@@ -69,5 +79,7 @@ def _lifespan(
         for engine in deployment.engines:
             await engine.runner.close()
         await store.close()
+        if tracer:
+            await asyncio.to_thread(tracer.close)
 
     return lifespan

@@ -1,4 +1,4 @@
-"""The outermost layer of every request: its id, its size limit, its headers, its metrics and its log line.
+"""The outermost layer of every request: its id, its limits, its headers, its metrics, its trace and its log line.
 
 Plain ASGI, because it runs for every request: body limit in, headers out, one answer for whatever escaped.
 """
@@ -10,67 +10,95 @@ import uuid
 from collections.abc import MutableMapping
 from typing import Any
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.problems import problem
+from service.limits import RateLimit
+from service.problems import Refused, problem, refusal
+from service.readiness import Readiness
 from service.telemetry import Metrics
+from service.tracing import Tracer
 
 MAX_BODY_BYTES = 64 * 1024
 _JSON = "application/json"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 _QUIET = {"/healthz", "/readyz", "/metrics"}
-_SECURITY = {
-    "Content-Security-Policy": (
-        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
-        "base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
+_LIMITED = "/v1/"
+_SECURITY = [
+    (
+        b"content-security-policy",
+        b"default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
+        b"base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
     ),
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-}
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+]
+_CLOSE = (b"connection", b"close")
 logger = logging.getLogger("onesearch.request")
 
 
 class Envelope:
-    """Wraps the app. `scope["state"]` gets `request_id`; routes may set `variant` and `timings_ms` there."""
+    """Wraps the app. `scope["state"]` gets `request_id` and `arrived` (`time.monotonic()`).
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    Routes may set `variant` and `timings_ms` there, and error handlers the code of a `problem`.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        metrics: Metrics,
+        readiness: Readiness,
+        rate_limit: RateLimit | None = None,
+        tracer: Tracer | None = None,
+    ) -> None:
         self._app = app
         self._metrics = metrics
+        self._readiness = readiness
+        self._rate_limit = rate_limit
+        self._tracer = tracer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        started = time.perf_counter()
-        given = Headers(scope=scope).get("x-request-id", "")
+        started = time.monotonic()
+        headers = Headers(scope=scope)
+        given = headers.get("x-request-id", "")
         state: MutableMapping[str, Any] = scope.setdefault("state", {})
         state["request_id"] = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        state["arrived"] = started
         status = 0
 
         async def answer(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                _add_headers(message, state, started)
+                self._add_headers(message, state)
             await send(message)
 
         try:
-            await self._answer(scope, receive, answer)
+            await self._answer(scope, headers, receive, answer)
         except Exception:
             logger.exception("failed", extra={"fields": {"request_id": state["request_id"]}})
             if status:  # the answer is on its way and cannot be changed; the server closes the connection
                 raise
             await problem(state["request_id"], 500, "internal error")(scope, receive, answer)
         finally:
-            self._account(scope, status, time.perf_counter() - started)
+            self._account(scope, headers, status, time.monotonic() - started)
 
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = Headers(scope=scope)
+    async def _answer(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> None:
+        request_id = scope["state"]["request_id"]
+        if self._rate_limit and scope["path"].startswith(_LIMITED):
+            try:
+                self._rate_limit.check(scope)
+            except Refused as refused:
+                scope["state"]["problem"] = refused.code
+                await refusal(request_id, refused)(scope, receive, send)
+                return
         body = await _read(headers, receive)
         if body is None or (body and not _is_json(headers)):
-            await _refusal(scope["state"]["request_id"], body, headers)(scope, receive, send)
+            await _unreadable(request_id, body, headers)(scope, receive, send)
             return
         delivered = False
 
@@ -83,19 +111,38 @@ class Envelope:
 
         await self._app(scope, replayed, send)
 
-    def _account(self, scope: Scope, status: int, seconds: float) -> None:
+    def _add_headers(self, message: Message, state: MutableMapping[str, Any]) -> None:
+        headers: list[tuple[bytes, bytes]] = message["headers"]
+        headers.append((b"x-request-id", state["request_id"].encode()))
+        if variant := state.get("variant"):
+            headers.append((b"x-onesearch-variant", variant.encode()))
+        timings = {**state.get("timings_ms", {}), "total": (time.monotonic() - state["arrived"]) * 1e3}
+        told = ", ".join([f"{name};dur={spent:.2f}" for name, spent in timings.items()])
+        headers.append((b"server-timing", told.encode()))
+        headers += _SECURITY
+        if self._readiness.draining and _CLOSE not in headers:
+            headers.append(_CLOSE)
+
+    def _account(self, scope: Scope, headers: Headers, status: int, seconds: float) -> None:
+        state = scope["state"]
         route = getattr(scope.get("route"), "path", "unmatched")
-        variant = scope["state"].get("variant", "")
+        variant = state.get("variant", "")
         self._metrics.request(route, variant, status, seconds)
-        fields = {
-            "request_id": scope["state"]["request_id"],
-            "method": scope["method"],
-            "route": route,
-            "status": status,
-            "ms": round(seconds * 1e3, 2),
-            "variant": variant,
-        }
-        logger.log(logging.DEBUG if route in _QUIET else logging.INFO, "request", extra={"fields": fields})
+        if code := state.get("problem"):
+            self._metrics.problem(code)
+        if self._tracer:
+            self._tracer.request(headers, f"{scope['method']} {route}", status, seconds, state)
+        level = logging.DEBUG if route in _QUIET else logging.INFO
+        if logger.isEnabledFor(level):
+            fields = {
+                "request_id": state["request_id"],
+                "method": scope["method"],
+                "route": route,
+                "status": status,
+                "ms": round(seconds * 1e3, 2),
+                "variant": variant,
+            }
+            logger.log(level, "request", extra={"fields": fields})
 
 
 async def _read(headers: Headers, receive: Receive) -> bytes | None:
@@ -117,7 +164,7 @@ def _is_json(headers: Headers) -> bool:
     return headers.get("content-type", "").partition(";")[0].strip().lower() == _JSON
 
 
-def _refusal(request_id: str, body: bytes | None, headers: Headers) -> Response:
+def _unreadable(request_id: str, body: bytes | None, headers: Headers) -> Response:
     """The problem of a body that is too large (None) or not declared to be JSON."""
     if body is not None:
         detail = f"Content-Type: {headers.get('content-type', '')!r} is not supported, expected {_JSON}"
@@ -128,14 +175,3 @@ def _refusal(request_id: str, body: bytes | None, headers: Headers) -> Response:
     return problem(
         request_id, 413, f"the body {fault}", code="body-too-large", errors=[("body", fault)], headers=close
     )
-
-
-def _add_headers(message: Message, state: MutableMapping[str, Any], started: float) -> None:
-    headers = MutableHeaders(scope=message)
-    headers["X-Request-Id"] = state["request_id"]
-    if variant := state.get("variant"):
-        headers["X-OneSearch-Variant"] = variant
-    timings = {**state.get("timings_ms", {}), "total": (time.perf_counter() - started) * 1e3}
-    headers["Server-Timing"] = ", ".join(f"{name};dur={spent:.2f}" for name, spent in timings.items())
-    for name, value in _SECURITY.items():
-        headers[name] = value

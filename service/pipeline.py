@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import Awaitable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
 import orjson
@@ -11,15 +11,19 @@ import orjson
 from onesearch.context import SearchContext, assemble
 from onesearch.errors import InputError
 from onesearch.search import SearchOptions, SearchResult
+from service.admission import NARROW_BEAM, Admission
 from service.deployment import Deployment, Variant
 from service.problems import HeaderError, NotFound
 from service.schemas import EventRequest, SearchRequest
+from service.settings import Settings
 from service.state import EVENT_HISTORIES, StateStore, StateUnavailable, UserState
 from service.telemetry import Metrics
 
 T = TypeVar("T")
 
 VARIANT_HEADER = "X-OneSearch-Variant"
+DEADLINE_HEADER = "X-OneSearch-Deadline-Ms"
+MAX_DEADLINE_MS = 60_000
 BUCKET_HEADER = "X-OneSearch-Bucket-Key"
 MAX_BUCKET_KEY = 256
 UNKNOWN_USER, STATE_UNAVAILABLE = "unknown_user", "state_unavailable"
@@ -27,11 +31,15 @@ UNKNOWN_USER, STATE_UNAVAILABLE = "unknown_user", "state_unavailable"
 
 @dataclass(frozen=True)
 class Caller:
-    """What the headers of a request say: its id, a variant to force and the key of the split."""
+    """What the headers of a request say: its id, a variant to force, the key of the split, its deadline.
+
+    deadline: the `time.monotonic()` after which the answer is of no use; None for the default of the service.
+    """
 
     request_id: str
     forced_variant: str | None = None
     bucket_key: str | None = None
+    deadline: float | None = None
 
 
 @dataclass(frozen=True)
@@ -46,10 +54,12 @@ class Answer:
 class Pipeline:
     """Answers searches and records events. State that fails or is slow costs its history, never the search."""
 
-    def __init__(self, deployment: Deployment, store: StateStore, state_timeout: float, metrics: Metrics) -> None:
+    def __init__(self, deployment: Deployment, store: StateStore, settings: Settings, metrics: Metrics) -> None:
         self._deployment = deployment
         self._store = store
-        self._timeout = state_timeout
+        self._timeout = settings.state_timeout_ms / 1e3
+        self._deadline = settings.deadline_ms / 1e3
+        self._admission = Admission(settings.concurrency, settings.queue_limit, metrics.load)
         self._metrics = metrics
 
     def choose(self, caller: Caller, user: str | None) -> Variant:
@@ -68,12 +78,19 @@ class Pipeline:
         """The answer to one search. Raises InputError for a variant that is not served."""
         started = time.perf_counter()
         variant = self.choose(caller, request.user_id)
+        deadline = time.monotonic() + self._deadline if caller.deadline is None else caller.deadline
         history, degraded = await self._history(request)
         spent = {"state": _ms_since(started)}
         context = context_of(request.query, history)
         filters = None if request.filters is None else request.filters.to_filters()
-        options = variant.search_options(request.limit, filters=filters)
-        result = await variant.engine.runner.search(context, options)
+        options = variant.search_options(request.limit, filters=filters, deadline=deadline)
+        asked = time.perf_counter()
+        async with self._admission.slot(variant.engine.name, options.width, options.limit, deadline) as width:
+            spent["queue"] = _ms_since(asked)
+            if width < options.width:
+                degraded.append(NARROW_BEAM)
+            options = replace(options, width=width)
+            result = await variant.engine.runner.search(context, options)
         spent |= result.timings_ms | {"total": _ms_since(started)}
         body = {
             "request_id": caller.request_id,
@@ -88,7 +105,7 @@ class Pipeline:
         }
         if request.explain:
             body["explain"] = _explain(context, options, result)
-        self._metrics.search(variant.name, spent, degraded)
+        self._metrics.search(variant.name, options.width, spent, degraded)
         return Answer(orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY), variant.name, spent)
 
     async def record(self, event: EventRequest) -> None:

@@ -12,7 +12,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
-from onesearch.errors import InputError, OneSearchError
+from onesearch.errors import DeadlineError, InputError, OneSearchError
 
 MEDIA_TYPE = "application/problem+json"
 # Where FastAPI says a field was found; of no use to the caller.
@@ -56,6 +56,21 @@ class NotFound(OneSearchError):
     status = 404
 
 
+class Refused(OneSearchError):
+    """A request is turned away to keep the service fast for the others; it may be sent again."""
+
+    def __init__(self, message: str, retry_after: int = 1) -> None:
+        """retry_after: seconds, at least 1 is told."""
+        super().__init__(message)
+        self.retry_after = max(1, retry_after)
+
+
+def refusal(request_id: str, refused: Refused) -> Response:
+    """The problem of a request that was turned away, with its `Retry-After`."""
+    again = {"Retry-After": str(refused.retry_after)}
+    return problem(request_id, refused.status, str(refused), code=refused.code, headers=again)
+
+
 def install(app: FastAPI) -> None:
     """Map every exception a route may raise on purpose; the rest is the envelope's to answer."""
     app.add_exception_handler(RequestValidationError, _on_invalid)
@@ -75,6 +90,11 @@ async def _on_invalid(request: Request, error: Exception) -> Response:
 
 async def _on_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, OneSearchError)
+    request.state.problem = error.code
+    if isinstance(error, Refused):
+        return refusal(_id(request), error)
+    if isinstance(error, DeadlineError):
+        return problem(_id(request), error.status, str(error), code=error.code)
     if error.status >= 500 and error.status != 503:
         raise error
     if error.status == 503:

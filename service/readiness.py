@@ -19,17 +19,18 @@ class EngineState(TypedDict):
 
 
 class Readiness:
-    """The outcome of the checks so far, by engine name."""
+    """The outcome of the checks so far, by engine name. draining: the process is about to stop and takes no more."""
 
     def __init__(self, engines: Sequence[Engine]) -> None:
         self._engines = engines
+        self.draining = False
         starting: EngineState = {"state": "starting", "reasons": ["golden examples are being replayed"]}
         self.states: dict[str, EngineState] = {engine.name: starting for engine in engines}
 
     @property
     def ready(self) -> bool:
-        """Whether every engine is ready."""
-        return all(state["state"] == "ready" for state in self.states.values())
+        """Whether every engine is ready and the process is not about to stop."""
+        return not self.draining and all(state["state"] == "ready" for state in self.states.values())
 
     async def check(self) -> None:
         """Check the engines one after the other."""

@@ -9,8 +9,8 @@ from fastapi import APIRouter, Path, Query, Request, Response
 from starlette.responses import FileResponse, PlainTextResponse
 
 from service.deployment import Deployment
-from service.pipeline import BUCKET_HEADER, VARIANT_HEADER, Caller, Pipeline
-from service.problems import MEDIA_TYPE
+from service.pipeline import BUCKET_HEADER, DEADLINE_HEADER, MAX_DEADLINE_MS, VARIANT_HEADER, Caller, Pipeline
+from service.problems import MEDIA_TYPE, HeaderError
 from service.readiness import Readiness
 from service.schemas import (
     CatalogInfo,
@@ -52,7 +52,11 @@ def _answers(model: type[Any], *problems: int, status: int = 200) -> dict[int | 
 _HEADERS = {
     "parameters": [
         {"name": name, "in": "header", "required": False, "description": text, "schema": {"type": "string"}}
-        for name, text in ((VARIANT_HEADER, "forces a variant"), (BUCKET_HEADER, "key of the sticky split"))
+        for name, text in (
+            (VARIANT_HEADER, "forces a variant"),
+            (BUCKET_HEADER, "key of the sticky split"),
+            (DEADLINE_HEADER, "milliseconds after which the answer is of no use"),
+        )
     ]
 }
 router = APIRouter()
@@ -64,9 +68,21 @@ def _pipeline(request: Request) -> Pipeline:
     return cast(Pipeline, request.state.pipeline)
 
 
+def _deadline(given: str | None, arrived: float) -> float | None:
+    """The `time.monotonic()` until which the caller waits, from the header's milliseconds."""
+    if given is None:
+        return None
+    if not (given.isascii() and given.isdigit() and 1 <= int(given[:9]) <= MAX_DEADLINE_MS):
+        raise HeaderError(
+            DEADLINE_HEADER, f"{given[:64]!r} is not a number of milliseconds, 1 to {MAX_DEADLINE_MS}"
+        )
+    return arrived + int(given) / 1e3
+
+
 async def _search(request: Request, body: SearchRequest) -> Response:
     headers = request.headers
-    caller = Caller(request.state.request_id, headers.get(VARIANT_HEADER), headers.get(BUCKET_HEADER))
+    deadline = _deadline(headers.get(DEADLINE_HEADER), request.state.arrived)
+    caller = Caller(request.state.request_id, headers.get(VARIANT_HEADER), headers.get(BUCKET_HEADER), deadline)
     answer = await _pipeline(request).search(body, caller)
     request.state.variant, request.state.timings_ms = answer.variant, answer.timings_ms
     return Response(answer.body, media_type=_JSON, headers={"Cache-Control": "no-store"})
@@ -77,7 +93,7 @@ async def _search(request: Request, body: SearchRequest) -> Response:
     tags=["search"],
     summary="Search",
     openapi_extra=_HEADERS,
-    responses=_answers(SearchAnswer, 400, 413, 415, 422, 503),
+    responses=_answers(SearchAnswer, 400, 413, 415, 422, 429, 503),
 )
 async def search(request: Request, body: SearchRequest) -> Response:
     """Ranked items for a query, personalised by the user's history."""
@@ -89,7 +105,7 @@ async def search(request: Request, body: SearchRequest) -> Response:
     tags=["search"],
     summary="Search, for a browser",
     openapi_extra=_HEADERS,
-    responses=_answers(SearchAnswer, 400, 422, 503),
+    responses=_answers(SearchAnswer, 400, 422, 429, 503),
 )
 async def search_by_url(request: Request, given: Annotated[SearchParameters, Query()]) -> Response:
     """The same answer as `POST /v1/search`."""
@@ -101,7 +117,7 @@ async def search_by_url(request: Request, given: Annotated[SearchParameters, Que
     tags=["events"],
     summary="Record an event",
     status_code=202,
-    responses=_answers(EventAnswer, 400, 413, 415, 422, 503, status=202),
+    responses=_answers(EventAnswer, 400, 413, 415, 422, 429, 503, status=202),
 )
 async def record(request: Request, body: EventRequest) -> Response:
     """An impression, click, cart or order. Clicks and orders enter the user's history."""
@@ -158,7 +174,7 @@ async def readyz(request: Request) -> Response:
     readiness: Readiness = request.state.readiness
     named = request.state.deployment.variants.items()
     body = {
-        "status": "ready" if readiness.ready else "not ready",
+        "status": "draining" if readiness.draining else "ready" if readiness.ready else "not ready",
         "variants": {name: readiness.states[variant.engine.name] for name, variant in named},
     }
     return Response(orjson.dumps(body), status_code=200 if readiness.ready else 503, media_type=_JSON)

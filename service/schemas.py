@@ -154,7 +154,7 @@ class FoundItem(CatalogItem):
 
 
 class SearchAnswer(BaseModel):
-    """Answer of a search. degraded says what it went without: unknown_user or state_unavailable."""
+    """Answer of a search. degraded says what it went without or, under load, got less of."""
 
     request_id: str
     query: str
@@ -163,7 +163,7 @@ class SearchAnswer(BaseModel):
     catalog_version: str
     keywords: list[str]
     items: list[FoundItem]
-    degraded: list[Literal["unknown_user", "state_unavailable"]]
+    degraded: list[Literal["unknown_user", "state_unavailable", "narrow_beam"]]
     timings_ms: dict[str, float]
     explain: dict[str, object] | None = None
 

@@ -34,8 +34,14 @@ class Settings(BaseSettings):
     state_ttl_days: float = Field(default=90.0, gt=0, description="history older than this is forgotten")
     workers: int = Field(default=1, ge=1, le=64, description="processes that serve the port together")
     concurrency: int = Field(default=2, ge=1, le=256, description="searches that run at the same time, per worker")
+    queue_limit: int = Field(default=64, ge=0, le=100_000, description="searches that may wait, per worker")
+    deadline_ms: int = Field(default=2000, ge=1, le=60_000, description="deadline of a search that names none")
+    rate_limit: str | None = Field(default=None, description="requests of one client per worker, like 50/second")
+    client_header: str | None = Field(default=None, description="header that names the client, else its address")
     threads: int = Field(default=1, ge=1, le=256, description="threads of one model call")
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="log threshold")
+    traces: str | None = Field(default=None, description="OTLP/HTTP endpoint that traces are sent to")
+    notice_seconds: float = Field(default=1.0, ge=0, le=600, description="not ready but serving, before shutdown")
     drain_seconds: int = Field(default=10, ge=0, le=600, description="time for running requests on shutdown")
 
 

@@ -1,6 +1,7 @@
 """What the service tells of itself: Prometheus metrics of one app, and log lines as JSON without user data."""
 
 import logging
+import os
 import traceback
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -8,15 +9,21 @@ from typing import Any
 
 import orjson
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
 
+from onesearch import __version__
+
+SHARED_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
+"""The variable by which prometheus-client, when imported, learns the folder where workers share their metrics."""
 _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 
 class Metrics:
-    """The metrics of one app, in a registry of its own."""
+    """The metrics of one app, in a registry of its own; of all workers together where several serve one port."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
+        self._shared = bool(os.environ.get(SHARED_FOLDER))
         shared: dict[str, Any] = {"namespace": "onesearch", "registry": self._registry}
         self._requests = Counter("requests", "Requests answered.", ["route", "variant", "status"], **shared)
         self._latency = Histogram(
@@ -26,20 +33,38 @@ class Metrics:
             "stage_seconds", "Time of one stage of a search.", ["stage", "variant"], buckets=_BUCKETS, **shared
         )
         self._degraded = Counter("degraded", "Searches answered with less.", ["reason"], **shared)
+        self._widths = Counter("searches", "Searches by beam width used.", ["variant", "width"], **shared)
+        self._problems = Counter("problems", "Requests answered with a problem.", ["code"], **shared)
         self._events = Counter("events", "Events accepted.", ["type"], **shared)
-        self._served = Gauge("variant_info", "Variants served.", ["variant", "model", "catalog"], **shared)
+        versions = ["variant", "model", "catalog"]
+        self._served = Gauge("variant_info", "Variants served.", versions, multiprocess_mode="livemax", **shared)
+        live: dict[str, Any] = {**shared, "multiprocess_mode": "livesum"}
+        self._waiting = Gauge("searches_waiting", "Searches in the queue.", **live)
+        self._running = Gauge("searches_running", "Searches that run.", **live)
+        Gauge("workers", "Processes that serve.", **live).set(1)
+        Gauge("build_info", "Version of the service.", ["version"], **live).labels(__version__).set(1)
 
     def request(self, route: str, variant: str, status: int, seconds: float) -> None:
         """Count one answered request."""
         self._requests.labels(route, variant, str(status)).inc()
         self._latency.labels(route, variant).observe(seconds)
 
-    def search(self, variant: str, timings_ms: Mapping[str, float], degraded: list[str]) -> None:
-        """Count the stages of one search and what it went without."""
+    def search(self, variant: str, width: int, timings_ms: Mapping[str, float], degraded: list[str]) -> None:
+        """Count one search at a beam width, its stages and what it went without."""
+        self._widths.labels(variant, str(width)).inc()
         for stage, spent in timings_ms.items():
             self._stages.labels(stage, variant).observe(spent / 1e3)
         for reason in degraded:
             self._degraded.labels(reason).inc()
+
+    def problem(self, code: str) -> None:
+        """Count one request that got a problem of a kind, such as overloaded."""
+        self._problems.labels(code).inc()
+
+    def load(self, waiting: int, running: int) -> None:
+        """Tell how many searches wait and run."""
+        self._waiting.set(waiting)
+        self._running.set(running)
 
     def event(self, kind: str) -> None:
         """Count one accepted event."""
@@ -51,7 +76,11 @@ class Metrics:
 
     def exposition(self) -> bytes:
         """All metrics in the Prometheus text format."""
-        return generate_latest(self._registry)
+        if not self._shared:
+            return generate_latest(self._registry)
+        everyone = CollectorRegistry()
+        MultiProcessCollector(everyone)  # type: ignore[no-untyped-call]
+        return generate_latest(everyone)
 
 
 class JsonFormatter(logging.Formatter):

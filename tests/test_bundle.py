@@ -91,7 +91,7 @@ def test_a_foreign_manifest_is_refused(
 
 
 def test_another_template_version_is_another_contract(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bundle_module, "TEMPLATE_VERSION", 2)
+    monkeypatch.setattr(bundle_module, "TEMPLATE_VERSION", 3)
     with pytest.raises(BundleError, match="another version of the prompt or identifier code"):
         open_bundle(copy)
 

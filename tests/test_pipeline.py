@@ -30,7 +30,6 @@ checkpoint_every = 2
 golden_examples = 3
 [data]
 bootstrap = {bootstrap}
-keyword_share = 0.5
 anonymous_share = 0.3
 [embedder]
 buckets = 2048
@@ -59,6 +58,7 @@ name = "search"
 steps = {steps}
 batch = 8
 mixture = {{ search = 1.0 }}
+kw_mix = 0.5
 """
 TASKS = (
     *("query_to_sid", "sid_to_query", "title_to_sid", "sid_to_title", "query_to_category", "title_to_category"),
@@ -90,7 +90,7 @@ def test_a_killed_run_continues_and_ends_with_the_same_bundle(shop: Path, tmp_pa
     command = [sys.executable, "-m", "training.pipeline", str(recipe), "--data", str(shop)]
     killed = [*command, "--out", str(tmp_path / "killed"), "--work", str(tmp_path / "work")]
     process = subprocess.Popen(killed, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not list((tmp_path / "work").glob("sft-*/checkpoint/done.json")):
+    while process.poll() is None and not list((tmp_path / "work").glob("stage-search-*/checkpoint/done.json")):
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
@@ -102,9 +102,8 @@ def test_a_killed_run_continues_and_ends_with_the_same_bundle(shop: Path, tmp_pa
 
     again = train_bundle(load_recipe(recipe), shop, tmp_path / "again", work(tmp_path / "work"))
     assert again.files == whole.files
-    assert len(list((tmp_path / "work").glob("sft-*"))) == 1
-    (log,) = (tmp_path / "work").glob("sft-*")
-    assert len(read_log(log)) == 64
+    logs = [read_log(folder) for folder in sorted((tmp_path / "work").glob("stage-*"))]
+    assert [len(rows) for rows in logs] == [4, 60]
     with pytest.raises(BundleError, match="exists already"):
         train_bundle(load_recipe(recipe), shop, tmp_path / "whole", work(tmp_path / "work"))
 

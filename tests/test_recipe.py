@@ -6,6 +6,7 @@ import pytest
 
 from onesearch.errors import ConfigError
 from training.recipe import load_recipe
+from training.stages import SdftStage
 
 STAGE = '[[stages]]\nname = "s"\nsteps = 1\nmixture = { search = 1.0 }\n'
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.toml"))
@@ -28,6 +29,19 @@ def test_every_recipe_of_the_project_reads(path: Path) -> None:
         ('name = "x"\n[codebooks]\nsizes = 4\n' + STAGE, "codebooks.sizes: 4, expected a list"),
         ('name = "x"\n[codebooks]\nsizes = [4, 4]\n' + STAGE, "expected 5"),
         ('name = "x"\n' + STAGE.replace("search", "serach"), "positive shares of tasks among search,"),
+        ('name = "x"\n' + STAGE + 'tasks = ["search"]\n', "expected either mixture, .* or tasks"),
+        ('name = "x"\n' + STAGE + STAGE, "stages: names s, s, expected each once"),
+        ('name = "x"\n' + STAGE + 'kind = "sfd"\n', r"stages\[0\]\.kind: 'sfd', expected one of sft, sdft"),
+        ('name = "x"\n' + STAGE + "tau = 2.0\n", r"stages\[0\]\.tau: unknown key"),
+        (
+            'name = "x"\n' + STAGE + 'kind = "sdft"\ntau = 0.0\n',
+            r"stages\.s\.tau: 0\.0, expected a positive number",
+        ),
+        (
+            'name = "x"\n' + STAGE + 'kind = "sdft"\nmode = "mutual"\n',
+            "mode: 'mutual', expected one of 'off', 'self'",
+        ),
+        ('name = "x"\n' + STAGE + "kw_mix = 1.5\n", r"kw_mix: 1\.5, expected a share"),
         ('name = "x"\n' + STAGE.replace("1.0", "0.0"), "positive shares"),
         ('name = "x"\nmodel = 3\n' + STAGE, "model: 3, expected a table"),
         ('name = "x"\nseed = true\n' + STAGE, "seed: True, expected a value of type int"),
@@ -39,6 +53,14 @@ def test_a_wrong_recipe_names_what_is_wrong(tmp_path: Path, text: str, message: 
     path.write_text(text)
     with pytest.raises(ConfigError, match=message):
         load_recipe(path)
+
+
+def test_the_kind_of_a_stage_chooses_its_keys(tmp_path: Path) -> None:
+    path = tmp_path / "r.toml"
+    path.write_text('name = "x"\n' + STAGE + 'kind = "sdft"\nmode = "ema"\nema_decay = 0.9\n')
+    (stage,) = load_recipe(path).stages
+    assert isinstance(stage, SdftStage) and stage.ema_decay == 0.9
+    assert stage.kw_mix == 0.5  # the teacher learns to use keywords unless a recipe says otherwise (spec §9.2)
 
 
 def test_integers_are_read_where_a_number_is_wanted(tmp_path: Path) -> None:

@@ -1,15 +1,14 @@
-"""The one training loop: schedule, precision, checkpoints with exact resume, log, curve.
+"""The one training loop of every kind of stage: schedule, checkpoints with exact resume, log, curve.
 
-A run folder holds `log.jsonl` (one object per step), `checkpoint/` (replaced atomically) and, when finished,
+A stage's folder holds `log.jsonl` (one object per step), `checkpoint/` (replaced atomically) and, when finished,
 `weights.safetensors` and `loss.png`. Killed at any moment, the same call continues from the last checkpoint and
-ends with the same weights as an uninterrupted run (same machine, same thread count).
+ends with the same weights as an uninterrupted run (same machine, same thread count, same number of processes).
 """
 
 import json
 import math
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,64 +19,67 @@ from torch import Tensor, nn
 
 from onesearch.arrays import write_atomically
 from training.batches import PlannedStep
+from training.objective import Objective
+from training.parallel import gather, rank, sum_values, wait
 from training.progress import Meter
-from training.recipe import Precision, StageConfig
+from training.stages import StageConfig
 
-LossFn = Callable[[PlannedStep], Tensor]
 _FLOOR = 0.1  # the cosine ends at this share of the learning rate
-
-
-@dataclass(frozen=True)
-class LoopConfig:
-    """seed decides the result, with the number of torch threads; checkpoint_every is in steps."""
-
-    seed: int
-    precision: Precision
-    checkpoint_every: int
+_LAST = 100  # steps that the reported losses are a mean of
 
 
 def run(
-    model: nn.Module,
-    stages: Sequence[StageConfig],
+    objective: Objective,
+    stage: StageConfig,
     steps: Sequence[PlannedStep],
-    loss_of: LossFn,
     folder: Path,
-    config: LoopConfig,
+    seed: int,
+    checkpoint_every: int,
 ) -> dict[str, float]:
-    """Train `model` in place over all planned steps and return the mean loss per task of the last stage."""
-    torch.manual_seed(config.seed)
+    """Train `objective` in place over all steps, save the model, and return the mean loss per task at the end.
+
+    checkpoint_every is in steps. The optimiser is AdamW, fresh for every stage.
+    """
+    torch.manual_seed(seed + 7919 * rank())
     folder.mkdir(parents=True, exist_ok=True)
-    optimiser = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), eps=1e-9)
-    done = _resume(model, optimiser, folder)
-    model.train()
-    dtype = _autocast_dtype(config.precision)
-    with Meter("train", len(steps), done) as meter, (folder / "log.jsonl").open("ab") as log:
+    trained = [p for p in objective.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(trained, betas=(0.9, 0.98), eps=1e-9)
+    done = _resume(objective, optimiser, folder)
+    objective.train()
+    with Meter(stage.name, len(steps), done) as meter:
         for number in range(done, len(steps)):
-            step = steps[number]
-            stage = stages[step.stage]
-            for group in optimiser.param_groups:
-                group["lr"] = learning_rate(stage, step.place)
-                group["weight_decay"] = stage.weight_decay
-            with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None):
-                loss = loss_of(step)
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            norm = nn.utils.clip_grad_norm_(model.parameters(), stage.clip)
-            optimiser.step()
-            row = {
-                "step": number,
-                "stage": stage.name,
-                "task": step.task,
-                "loss": loss.item(),
-                "norm": norm.item(),
-            }
-            log.write(orjson.dumps(row) + b"\n")
-            if (number + 1) % config.checkpoint_every == 0 or number + 1 == len(steps):
-                log.flush()
-                _save(model, optimiser, folder, number + 1)
-            meter.advance(note=f"{stage.name}/{step.task} loss {row['loss']:.3f}")
-    model.eval()
-    return _finish(folder, stages[-1].name)
+            row = _step(objective, optimiser, stage, steps[number], trained)
+            if rank() == 0:
+                with (folder / "log.jsonl").open("ab") as log:
+                    log.write(orjson.dumps({"step": number, **row}) + b"\n")
+            if (number + 1) % checkpoint_every == 0 or number + 1 == len(steps):
+                _save(objective, optimiser, folder, number + 1)
+            meter.advance(note=f"{row['task']} loss {row['loss']:.3f}")
+    objective.eval()
+    if rank() == 0:
+        plot_losses(read_log(folder), folder / "loss.png")
+        objective.model.save_weights(folder / "weights.safetensors")
+    wait()
+    return summary(folder)
+
+
+def _step(
+    objective: Objective,
+    optimiser: torch.optim.Optimizer,
+    stage: StageConfig,
+    step: PlannedStep,
+    trained: Sequence[nn.Parameter],
+) -> dict[str, Any]:
+    """One optimiser step; returns its log row."""
+    for group in optimiser.param_groups:
+        group["lr"] = learning_rate(stage, step.place)
+        group["weight_decay"] = stage.weight_decay
+    optimiser.zero_grad(set_to_none=True)
+    values = sum_values(objective.gradients(step))
+    norm = nn.utils.clip_grad_norm_(trained, stage.clip)
+    optimiser.step()
+    objective.stepped()
+    return {"stage": stage.name, "task": step.task, **values, "norm": norm.item()}
 
 
 def learning_rate(stage: StageConfig, place: int) -> float:
@@ -94,18 +96,15 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
     return [orjson.loads(line) for line in (folder / "log.jsonl").read_bytes().splitlines()]
 
 
-def _autocast_dtype(precision: Precision) -> torch.dtype | None:
-    """bf16 only where the processor multiplies it natively; elsewhere it is slower than fp32."""
-    native = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if precision == "bf16" or (precision == "auto" and native) else None
-
-
-def _save(model: nn.Module, optimiser: torch.optim.Optimizer, folder: Path, done: int) -> None:
-    """Write model, optimiser and random state, then swap the checkpoint folder."""
-    tensors = {f"model.{name}": tensor for name, tensor in _named_parameters(model).items()}
+def _save(objective: nn.Module, optimiser: torch.optim.Optimizer, folder: Path, done: int) -> None:
+    """Write parameters, optimiser and the random state of every process, then swap the checkpoint folder."""
+    random = gather(torch.get_rng_state())
+    if rank() > 0:
+        return
+    tensors = {f"model.{name}": tensor for name, tensor in _named_parameters(objective).items()}
     for index, state in optimiser.state_dict()["state"].items():
         tensors |= {f"optimiser.{index}.{name}": value.clone() for name, value in state.items()}
-    tensors["random"] = torch.get_rng_state()
+    tensors |= {f"random.{i}": state for i, state in enumerate(random)}
     fresh, current = folder / "checkpoint.new", folder / "checkpoint"
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir()
@@ -119,16 +118,18 @@ def _save(model: nn.Module, optimiser: torch.optim.Optimizer, folder: Path, done
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _resume(model: nn.Module, optimiser: torch.optim.Optimizer, folder: Path) -> int:
+def _resume(objective: nn.Module, optimiser: torch.optim.Optimizer, folder: Path) -> int:
     """Restore the newest checkpoint, if any; returns the steps already done."""
     found = [folder / name for name in ("checkpoint", "checkpoint.old") if (folder / name / "done.json").exists()]
     if not found:
-        (folder / "log.jsonl").unlink(missing_ok=True)
+        if rank() == 0:
+            (folder / "log.jsonl").unlink(missing_ok=True)
+        wait()
         return 0
     path = found[0]
     tensors = load_file(path / "state.safetensors")
     with torch.no_grad():
-        for key, parameter in _named_parameters(model).items():
+        for key, parameter in _named_parameters(objective).items():
             parameter.copy_(tensors[f"model.{key}"])
     states: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
@@ -136,22 +137,24 @@ def _resume(model: nn.Module, optimiser: torch.optim.Optimizer, folder: Path) ->
             _, index, field = key.split(".")
             states.setdefault(int(index), {})[field] = value
     optimiser.load_state_dict({"state": states, "param_groups": optimiser.state_dict()["param_groups"]})
-    torch.set_rng_state(tensors["random"])
+    if f"random.{rank()}" in tensors:  # more processes than before start from their seeds
+        torch.set_rng_state(tensors[f"random.{rank()}"])
     steps: int = json.loads((path / "done.json").read_text())["steps"]
-    lines = (folder / "log.jsonl").read_bytes().splitlines(keepends=True)[:steps]  # drop what will be done again
-    write_atomically(folder / "log.jsonl", b"".join(lines))
+    if rank() == 0:
+        lines = (folder / "log.jsonl").read_bytes().splitlines(keepends=True)[:steps]  # what will be done again
+        write_atomically(folder / "log.jsonl", b"".join(lines))
+    wait()
     return steps
 
 
-def _named_parameters(model: nn.Module) -> dict[str, Tensor]:
+def _named_parameters(module: nn.Module) -> dict[str, Tensor]:
     """Distinct parameters by name; tied weights appear once."""
-    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+    return {name: parameter.detach() for name, parameter in module.named_parameters()}
 
 
-def _finish(folder: Path, last_stage: str) -> dict[str, float]:
-    rows = read_log(folder)
-    plot_losses(rows, folder / "loss.png")
-    tail = [row for row in rows if row["stage"] == last_stage][-100:]
+def summary(folder: Path) -> dict[str, float]:
+    """Mean loss per task over the last steps of a stage."""
+    tail = read_log(folder)[-_LAST:]
     tasks = dict.fromkeys(row["task"] for row in tail)
     return {task: _mean([row["loss"] for row in tail if row["task"] == task]) for task in tasks}
 

@@ -1,6 +1,8 @@
-"""Losses as pure tensor functions.
+"""Losses as pure tensor functions. Every one returns a sum over target tokens per row; the caller averages.
 
-Legend: B batch, L SID levels, T target tokens, V vocabulary.
+A SID is scored by the softmax over its level's codebook alone, as in serving.
+
+Legend: B rows, L SID levels, T target tokens, V vocabulary, sizes[t] codes of level t.
 """
 
 from collections.abc import Sequence
@@ -10,18 +12,50 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def sid_cross_entropy(logits: Sequence[Tensor], codes: Tensor, weight: Tensor) -> Tensor:
-    """Weighted mean over samples of the mean cross-entropy of a SID's L codes; scalar.
+def sid_nll(logits: Sequence[Tensor], codes: Tensor, gamma: float = 0.0, alpha: float = 1.0) -> Tensor:
+    """Focal negative log-likelihood −α (1 − p)^γ log p summed over levels, float32 [B] (spec §4.5).
 
-    logits: L tensors [B, sizes[t]]. codes: int64 [B, L]. weight: float32 [B].
+    logits: L tensors [B, sizes[t]]. codes: int64 [B, L]. γ = 0 and α = 1 give the cross-entropy.
     """
-    levels = [F.cross_entropy(level.float(), codes[:, t], reduction="none") for t, level in enumerate(logits)]
-    per_sample = torch.stack(levels, dim=1).mean(dim=1)
-    return (per_sample * weight).sum() / weight.sum()
+    log_p = -torch.stack(
+        [F.cross_entropy(level.float(), codes[:, t], reduction="none") for t, level in enumerate(logits)], dim=1
+    )
+    if gamma:
+        log_p = (1 - log_p.exp()).clamp_min(0) ** gamma * log_p
+    return -alpha * log_p.sum(dim=1)
 
 
-def text_cross_entropy(logits: Tensor, target: Tensor, weight: Tensor, pad: int) -> Tensor:
-    """Weighted mean over valid tokens; scalar. logits [B, T, V], target int64 [B, T] with pad after the end."""
-    losses = F.cross_entropy(logits.float().flatten(0, 1), target.flatten(), reduction="none").view_as(target)
-    valid = (target != pad) * weight[:, None]
-    return (losses * valid).sum() / valid.sum()
+def text_nll(logits: Tensor, target: Tensor, pad: int) -> Tensor:
+    """Negative log-likelihood summed over valid tokens, float32 [B].
+
+    logits [B, T, V]; target int64 [B, T] with pad after the end.
+    """
+    losses = F.cross_entropy(logits.float().transpose(1, 2), target, reduction="none")
+    return (losses * (target != pad)).sum(dim=1)
+
+
+def sid_kl(target: Sequence[Tensor], logits: Sequence[Tensor], tau: float = 1.0) -> Tensor:
+    """τ² KL(softmax(target/τ) ‖ softmax(logits/τ)) summed over codes and levels, float32 [B] (paper Eq. 4).
+
+    target, logits: L tensors [B, sizes[t]] that predict the same codes. Detach target to keep it fixed.
+    """
+    divergence = torch.zeros(len(logits[0]))
+    for a, b in zip(target, logits, strict=True):
+        p, q = (F.log_softmax(x.float() / tau, dim=-1) for x in (a, b))
+        divergence = divergence + F.kl_div(q, p, log_target=True, reduction="none").sum(dim=-1)
+    return tau**2 * divergence
+
+
+def symmetric_kl(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    """½ [KL(a ‖ b) + KL(b ‖ a)] summed over levels, float32 [B] (R-Drop, paper Eq. 6)."""
+    return 0.5 * (sid_kl(a, b) + sid_kl(b, a))
+
+
+def hidden_l1(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> Tensor:
+    """Mean over layers and width of |teacher − student| in units of the teacher's standard deviation, [B] (CODI).
+
+    Both: per layer [B, D]; teacher without gradient.
+    """
+    layers = zip(teacher, student, strict=True)
+    gaps = [((t - s).abs() / t.std().clamp_min(1e-6)).mean(dim=1) for t, s in layers]
+    return torch.stack(gaps).mean(dim=0)

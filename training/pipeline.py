@@ -20,7 +20,7 @@ from rich.console import Console
 
 from onesearch import __version__
 from onesearch.arrays import write_atomically
-from onesearch.bundle import SCHEMA_VERSION, Bundle, Manifest, open_parts, sha256
+from onesearch.bundle import SCHEMA_VERSION, Bundle, Manifest, open_bundle, open_parts, sha256
 from onesearch.context import SearchContext
 from onesearch.embedder import KeywordEmbedder, TextEmbedder
 from onesearch.errors import BundleError, OneSearchError
@@ -29,15 +29,17 @@ from training.codebooks import fit_codebooks
 from training.embedder import ClickPairs, fit_embedder
 from training.keywords import mine_keywords
 from training.package import Identifiers, catalog_items, recipe_json, write_bundle, write_identifiers
+from training.page_keywords import rule_keywords
+from training.parallel import processes, rank, wait
 from training.progress import StageMeters
 from training.recipe import Recipe, load_recipe
 from training.samples import Sources
 from training.sentence_encoder import export_sentence_encoder
 from training.sessions import PageView, click_rates, page_views
-from training.sft import train
 from training.sid_metrics import sid_report
 from training.tables import Tables, load_tables
 from training.tokenizer import train_tokenizer
+from training.train import train
 
 _FOREIGN_QUERY = "蓝色 башмаки ζ 42"  # a golden example in scripts the shop never saw
 _console = Console(stderr=True)
@@ -45,7 +47,7 @@ _console = Console(stderr=True)
 
 @dataclass(frozen=True)
 class Work:
-    """Stage results by fingerprint. A stage's folder exists whole or not at all, except `sft`, which resumes."""
+    """Stage results by fingerprint. Identifiers exist whole or not at all; a training stage's folder resumes."""
 
     root: Path
 
@@ -70,19 +72,25 @@ def train_bundle(recipe: Recipe, data: Path, out: Path, work: Work) -> Manifest:
     identifiers = work.folder("identifiers", inputs)
     if identifiers.exists():
         _console.print(f"identifiers: done before, in {identifiers.name}")
-    else:
+    elif rank() == 0:
         _fit_identifiers(recipe, tables, training, identifiers)
+    wait()
     bundle = open_parts(identifiers, Manifest(SCHEMA_VERSION, "", "", "", "", {}, {}, {}))
-    sft = work.folder("sft", {"identifiers": identifiers.name, **{k: plain[k] for k in _TRAIN_KEYS}})
-    model, losses = train(recipe, _sources(recipe, bundle, tables, training), sft)
+    before = {"identifiers": identifiers.name, **{k: plain[k] for k in _TRAIN_KEYS}}
+    model, losses = train(recipe, _sources(recipe, bundle, tables, training), work.folder, before)
+    if rank() > 0:
+        wait()
+        return open_bundle(out).manifest
     report = orjson.loads((identifiers / "sid_report.json").read_bytes())
     held_out = [view for view in views if view.split != "train"] or training
     golden = _golden_contexts(recipe, bundle, held_out)
-    return write_bundle(identifiers, model, golden, out, plain, {"sid": report, "loss": losses})
+    manifest = write_bundle(identifiers, model, golden, out, plain, {"sid": report, "loss": losses})
+    wait()
+    return manifest
 
 
 _IDENTIFIER_KEYS = ("seed", "threads", "data", "tokenizer", "embedder", "codebooks", "sequence")
-_TRAIN_KEYS = ("seed", "data", "threads", "precision", "model", "stages")
+_TRAIN_KEYS = ("seed", "data", "threads", "precision", "model")
 
 
 def _fit_identifiers(recipe: Recipe, tables: Tables, views: Sequence[PageView], folder: Path) -> None:
@@ -156,12 +164,11 @@ def _sources(recipe: Recipe, bundle: Bundle, tables: Tables, views: Sequence[Pag
     return Sources(
         renderer=bundle.renderer,
         encoder=bundle.encoder,
-        keywords=bundle.keywords,
         items=tables.items,
         views=views,
+        keywords=rule_keywords(bundle.keywords)(views),
         item_sids=dict(zip(catalog.item_ids.tolist(), catalog.sids, strict=True)),
         query_sids=dict(zip(queries, bundle.encoder.query_sids(queries), strict=True)),
-        keyword_share=recipe.data.keyword_share,
         anonymous_share=recipe.data.anonymous_share,
         seed=recipe.seed,
     )
@@ -204,7 +211,8 @@ def _main(
         target = out or work / plan.name
         work.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
-        manifest = train_bundle(plan, data, target, Work(work))
+        with processes():
+            manifest = train_bundle(plan, data, target, Work(work))
     except OneSearchError as error:
         _console.print(f"onesearch-train: {error}", style="red", markup=False)
         raise typer.Exit(2) from error

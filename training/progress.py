@@ -1,5 +1,6 @@
 """Progress with a rate and an ETA: a live bar on a terminal, a plain line every few seconds elsewhere."""
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
@@ -31,17 +32,18 @@ class _Rate(ProgressColumn):
 class Meter:
     """Counts work done; use as a context manager. `note` is a short text shown beside the bar, e.g. a loss.
 
-    A total of 0 means that it is not known.
+    A total of 0 means that it is not known. Of the processes of one torchrun only the first shows anything.
     """
 
     def __init__(self, description: str, total: int, done: int = 0) -> None:
         self._description, self._total, self._done, self._first = description, total, done, done
         self._started = self._shown = time.monotonic()
         self._console = Console(stderr=True)
+        self._shows = os.environ.get("RANK", "0") == "0"
         self._bar: Progress | None = None
 
     def __enter__(self) -> "Meter":
-        if self._console.is_terminal:
+        if self._shows and self._console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate())
             self._bar = Progress(
                 *columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=self._console
@@ -68,6 +70,8 @@ class Meter:
 
     def _line(self, note: str) -> None:
         self._shown = time.monotonic()
+        if not self._shows:
+            return
         seconds = max(self._shown - self._started, 1e-9)
         rate = (self._done - self._first) / seconds
         known = f"/{self._total}, {(self._total - self._done) / rate:.0f} s left" if self._total and rate else ""

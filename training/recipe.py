@@ -1,16 +1,17 @@
 """A recipe: one TOML file that says how a bundle is made; an unknown key or wrong type is an error naming the key."""
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from onesearch.errors import ConfigError
-from onesearch.sequence import TASKS, SequenceConfig
+from onesearch.sequence import SequenceConfig
 from training.codebooks import CodebookConfig
 from training.embedder import EmbedderConfig
+from training.stages import SdftStage, SftStage
 
 Precision = Literal["auto", "fp32", "bf16"]
 
@@ -18,17 +19,15 @@ Precision = Literal["auto", "fp32", "bf16"]
 @dataclass(frozen=True)
 class DataConfig:
     """bootstrap: make pseudo-queries when the tables hold no logs, `pseudo_queries` for each item.
-    min_keyword_items: a dictionary phrase needs that many items. keyword_share: share of page views whose prompt shows
-    keywords (spec §4.4 `kw_mix`). anonymous_share: share of page views whose prompt hides the user, as for visitors
-    who are not known. sentence_encoder: a local sentence-transformers folder (BGE, say) to embed texts with, instead
-    of [embedder].
+    min_keyword_items: a dictionary phrase needs that many items. anonymous_share: share of page views whose prompt
+    hides the user, as for visitors who are not known. sentence_encoder: a local sentence-transformers folder (BGE,
+    say) to embed texts with, instead of [embedder].
     khqe: mix the keywords of a text into its vector before it gets a SID (spec §3.2).
     """
 
     bootstrap: bool = False
     pseudo_queries: int = 2
     min_keyword_items: int = 3
-    keyword_share: float = 0.0
     anonymous_share: float = 0.0
     sentence_encoder: str = ""
     khqe: bool = False
@@ -51,31 +50,6 @@ class ModelShape:
     heads: int = 4
     ffn: int = 512
     dropout: float = 0.1
-
-
-@dataclass(frozen=True)
-class StageConfig:
-    """One training stage: `steps` batches, each of one task drawn with the shares of `mixture`.
-
-    warmup is a share of the steps; the learning rate then falls to a tenth along a cosine.
-    """
-
-    name: str
-    steps: int
-    mixture: dict[str, float]
-    batch: int = 256
-    lr: float = 1e-3
-    warmup: float = 0.05
-    weight_decay: float = 0.01
-    clip: float = 1.0
-
-    def __post_init__(self) -> None:
-        unknown = sorted(set(self.mixture) - set(TASKS))
-        if unknown or not self.mixture or min(self.mixture.values()) <= 0:
-            expected = f"positive shares of tasks among {', '.join(TASKS)}"
-            raise ConfigError(f"stages.{self.name}.mixture: {self.mixture}, expected {expected}")
-        if self.steps < 1 or self.batch < 1:
-            raise ConfigError(f"stages.{self.name}: steps {self.steps} and batch {self.batch} must be positive")
 
 
 @dataclass(frozen=True)
@@ -104,7 +78,7 @@ class Recipe:
     codebooks: CodebookConfig = field(default_factory=CodebookConfig)
     sequence: SequenceConfig = field(default_factory=SequenceConfig)
     model: ModelShape = field(default_factory=ModelShape)
-    stages: tuple[StageConfig, ...] = ()
+    stages: tuple[SftStage | SdftStage, ...] = ()
     variants: dict[str, VariantConfig] = field(default_factory=lambda: {"default": VariantConfig()})
 
     def __post_init__(self) -> None:
@@ -112,6 +86,9 @@ class Recipe:
             raise ConfigError("stages: the recipe has none, expected at least one [[stages]] table")
         if not self.variants:
             raise ConfigError("variants: the recipe has none, expected at least one [variants.NAME] table")
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) < len(names):
+            raise ConfigError(f"stages: names {', '.join(names)}, expected each once")
 
 
 def load_recipe(path: Path | str) -> Recipe:
@@ -128,7 +105,10 @@ def load_recipe(path: Path | str) -> Recipe:
 
 
 def build(kind: Any, raw: Any, where: str = "") -> Any:
-    """Convert parsed TOML to `kind`: a dataclass, a tuple, a dict, a Literal or a scalar type."""
+    """Convert parsed TOML to `kind`: a dataclass, a tuple, a dict, a Literal or a scalar type.
+
+    In a union of dataclasses the table's `kind` key chooses one, by the default of that field; the first is default.
+    """
     origin, arguments = get_origin(kind), get_args(kind)
     if is_dataclass(kind):
         return _build_dataclass(kind, raw, where)
@@ -142,6 +122,8 @@ def build(kind: Any, raw: Any, where: str = "") -> Any:
         if raw not in arguments:
             raise ConfigError(f"{where}: {raw!r}, expected one of {', '.join(map(repr, arguments))}")
         return raw
+    if origin is UnionType and is_dataclass(arguments[0]):
+        return _build_dataclass(_chosen(arguments, _table(raw, where), where), raw, where)
     if origin is UnionType:
         return raw if raw is None else build(next(a for a in arguments if a is not type(None)), raw, where)
     if kind is float and type(raw) is int:
@@ -164,6 +146,14 @@ def _build_dataclass(kind: Any, raw: Any, where: str) -> Any:
     if missing:
         raise ConfigError(f"{prefix}{missing[0]}: is missing")
     return kind(**{key: build(hints[key], value, f"{prefix}{key}") for key, value in table.items()})
+
+
+def _chosen(kinds: Sequence[Any], table: Mapping[str, Any], where: str) -> Any:
+    by_name = {kind.kind: kind for kind in kinds}
+    name = table.get("kind", kinds[0].kind)
+    if name not in by_name:
+        raise ConfigError(f"{where}.kind: {name!r}, expected one of {', '.join(by_name)}")
+    return by_name[name]
 
 
 def _table(raw: Any, where: str) -> Mapping[str, Any]:

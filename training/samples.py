@@ -4,6 +4,7 @@ Every sample is rendered by the one renderer. A sample is a prompt, target ids a
 are kept together because a batch holds one task.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -13,60 +14,94 @@ import numpy.typing as npt
 import polars as pl
 
 from onesearch.context import ContextEncoder
-from onesearch.keywords import KeywordRules
 from onesearch.sequence import Fields, Prompt, Renderer
 from onesearch.sid import Codes
 from training.columns import UNKNOWN
+from training.page_keywords import Keywords
 from training.sessions import PageView
 
 T = TypeVar("T")
 
 MAX_POSITIVES = 5
 ORDER_WEIGHT = 2.0
+WINDOW = 5  # items of a sliding window over a user's clicks
 
 
 @dataclass(frozen=True)
 class Sample:
-    """prompt ids int64 [S] with history vectors, target ids int64 [T], loss weight."""
+    """prompt ids int64 [S] with history vectors, target ids int64 [T], loss weight.
+
+    teacher: the prompt with keywords, which equals the other one where a page view has none; only where asked for.
+    """
 
     prompt: Prompt
     target: npt.NDArray[np.int64]
     weight: float
+    teacher: Prompt | None = None
 
 
 @dataclass(frozen=True)
 class Sources:
-    """Everything samples are made of. item_sids: item id → uint16 [L]; query_sids: query → uint16 [L]."""
+    """Everything samples are made of. item_sids: item id → uint16 [L]; query_sids: query → uint16 [L].
+
+    keywords: one per page view. anonymous_share: share of page views whose prompt hides the user. teach: `search`
+    samples carry their teacher prompt.
+    """
 
     renderer: Renderer
     encoder: ContextEncoder
-    keywords: KeywordRules
     items: pl.DataFrame
     views: Sequence[PageView]
+    keywords: Sequence[Keywords]
     item_sids: Mapping[int, Codes]
     query_sids: Mapping[str, Codes]
-    keyword_share: float
     anonymous_share: float
     seed: int
+    teach: bool = False
 
 
 def search(sources: Sources) -> Iterable[Sample]:
     """Stage 3: a page view's context → each clicked item, orders with double weight, at most 5 per page view.
 
-    A `keyword_share` of the page views also shows keywords (spec §4.4 `kw_mix`), an `anonymous_share` hides the user.
+    This is the student's input, without keywords (spec §4.3).
     """
+    return _search(sources, lambda keywords, fields: fields)
+
+
+def search_keywords(sources: Sources) -> Iterable[Sample]:
+    """`search` with the training keywords shown: the teacher's input (spec §4.4 `kw_mix`)."""
+    plain = replace(sources, teach=False)
+    return _search(plain, lambda keywords, fields: _with_keywords(fields, keywords.train, keywords.query))
+
+
+def search_served(sources: Sources) -> Iterable[Sample]:
+    """`search` with the keywords that serving would show, which know nothing of the outcome (spec §4.6.4)."""
+    plain = replace(sources, teach=False)
+    return _search(plain, lambda keywords, fields: _with_keywords(fields, keywords.serve, keywords.query))
+
+
+def _search(sources: Sources, shown: Callable[[Keywords, Fields], Fields]) -> Iterable[Sample]:
     rng = np.random.default_rng([sources.seed, 3])
-    for view in _shuffled(sources, [view for view in sources.views if view.clicked]):
+    rows = list(zip(sources.views, sources.keywords, strict=True))
+    for view, keywords in _shuffled(sources, [row for row in rows if row[0].clicked]):
         fields = sources.encoder.fields(view.context, sources.query_sids[view.context.query])
         if rng.random() < sources.anonymous_share:
             fields = Fields(query=fields.query, query_sid=fields.query_sid)
-        if rng.random() < sources.keyword_share:
-            fields = replace(fields, keywords=sources.keywords.match(view.context.query))
-        prompt = sources.renderer.prompt("search", fields)
+        prompt = sources.renderer.prompt("search", shown(keywords, fields))
+        teacher = None
+        if sources.teach:
+            taught = _with_keywords(fields, keywords.train, keywords.query)
+            teacher = sources.renderer.prompt("search", taught)
         for item in view.clicked[:MAX_POSITIVES]:
             if item in sources.item_sids:
                 weight = ORDER_WEIGHT if item in view.ordered else 1.0
-                yield Sample(prompt, sources.renderer.target(sources.item_sids[item]), weight)
+                yield Sample(prompt, sources.renderer.target(sources.item_sids[item]), weight, teacher)
+
+
+def _with_keywords(fields: Fields, personal: tuple[str, ...], query: tuple[str, ...]) -> Fields:
+    """A prompt that hides the user shows the keywords of the query alone."""
+    known = fields.profile or fields.history is not None or len(fields.recent_sids) or fields.recent_queries
+    return replace(fields, keywords=personal if known else query)
 
 
 def query_to_sid(sources: Sources) -> Iterable[Sample]:
@@ -142,17 +177,91 @@ def item_sid_to_query_sid(sources: Sources) -> Iterable[Sample]:
         yield _sample(sources, "item_sid_to_query_sid", fields, sources.query_sids[query])
 
 
+def items_to_next_item(sources: Sources) -> Iterable[Sample]:
+    """Sliding window over each user's clicks: up to five clicked items → the next one (spec §4.3)."""
+    clicks: dict[int, list[int]] = defaultdict(list)
+    profiles: dict[int, str] = {}
+    for view in sources.views:
+        if view.user_id:
+            clicks[view.user_id] += [item for item in view.clicked if item in sources.item_sids]
+            profiles[view.user_id] = view.context.profile
+    places = [(user, i) for user, items in clicks.items() for i in range(1, len(items))]
+    for user, i in _shuffled(sources, places):
+        before = np.stack([sources.item_sids[item] for item in clicks[user][max(0, i - WINDOW) : i]])
+        fields = Fields(profile=profiles[user], recent_sids=before)
+        yield _sample(sources, "items_to_next_item", fields, sources.item_sids[clicks[user][i]])
+
+
+def query_to_keywords(sources: Sources) -> Iterable[Sample]:
+    """CoT 1: query → its keywords, comma-separated."""
+    for query, keywords in _shuffled(sources, _query_keywords(sources)):
+        yield _sample(sources, "query_to_keywords", Fields(query=query), ", ".join(keywords))
+
+
+def query_sid_to_keyword_sid(sources: Sources) -> Iterable[Sample]:
+    """CoT 2: SID of the query → SID of one of its n keywords, weight 1/n."""
+    rows = _query_keywords(sources)
+    sids = _keyword_sids(sources, [keywords for _, keywords in rows])
+    for query, keywords in _shuffled(sources, rows):
+        prompt = sources.renderer.prompt("query_sid_to_keyword_sid", Fields(query_sid=sources.query_sids[query]))
+        yield from _each_keyword(sources, prompt, keywords, sids)
+
+
+def user_to_keywords(sources: Sources) -> Iterable[Sample]:
+    """CoT 3: query and user → personalised keywords, comma-separated."""
+    for view, keywords in _shuffled(sources, _personal_keywords(sources)):
+        fields = sources.encoder.fields(view.context, sources.query_sids[view.context.query])
+        yield _sample(sources, "user_to_keywords", fields, ", ".join(keywords))
+
+
+def user_to_keyword_sid(sources: Sources) -> Iterable[Sample]:
+    """CoT 4: SID of the query and user → SID of one of n personalised keywords, weight 1/n."""
+    rows = _personal_keywords(sources)
+    sids = _keyword_sids(sources, [keywords for _, keywords in rows])
+    for view, keywords in _shuffled(sources, rows):
+        fields = sources.encoder.fields(view.context, sources.query_sids[view.context.query])
+        prompt = sources.renderer.prompt("user_to_keyword_sid", fields)
+        yield from _each_keyword(sources, prompt, keywords, sids)
+
+
 MAKERS: Mapping[str, Callable[[Sources], Iterable[Sample]]] = {
     maker.__name__: maker
     for maker in (
-        *(search, query_to_sid, sid_to_query, title_to_sid, sid_to_title, title_to_category, sid_to_category),
+        *(search, search_keywords, search_served, items_to_next_item),
+        *(query_to_sid, sid_to_query, title_to_sid, sid_to_title, title_to_category, sid_to_category),
         *(query_to_category, query_to_title, title_to_query, query_sid_to_item_sid, item_sid_to_query_sid),
+        *(query_to_keywords, query_sid_to_keyword_sid, user_to_keywords, user_to_keyword_sid),
     )
 }
 
 
 def _sample(sources: Sources, task: str, fields: Fields, target: Codes | str) -> Sample:
     return Sample(sources.renderer.prompt(task, fields), sources.renderer.target(target), 1.0)
+
+
+def _query_keywords(sources: Sources) -> list[tuple[str, tuple[str, ...]]]:
+    """Distinct queries that have keywords."""
+    rows = zip(sources.views, sources.keywords, strict=True)
+    return [row for row in {view.context.query: keywords.query for view, keywords in rows}.items() if row[1]]
+
+
+def _personal_keywords(sources: Sources) -> list[tuple[PageView, tuple[str, ...]]]:
+    """Page views that have personalised keywords; training may see the outcome."""
+    rows = zip(sources.views, sources.keywords, strict=True)
+    return [(view, keywords.train) for view, keywords in rows if keywords.train]
+
+
+def _keyword_sids(sources: Sources, lists: Iterable[tuple[str, ...]]) -> dict[str, Codes]:
+    """A keyword has the SID that it would have as a query."""
+    distinct = list(dict.fromkeys(keyword for keywords in lists for keyword in keywords))
+    return dict(zip(distinct, sources.encoder.query_sids(distinct), strict=True)) if distinct else {}
+
+
+def _each_keyword(
+    sources: Sources, prompt: Prompt, keywords: tuple[str, ...], sids: Mapping[str, Codes]
+) -> Iterable[Sample]:
+    for keyword in keywords:
+        yield Sample(prompt, sources.renderer.target(sids[keyword]), 1 / len(keywords))
 
 
 def _pairs(sources: Sources) -> Iterable[tuple[str, int]]:

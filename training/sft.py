@@ -1,68 +1,63 @@
-"""Supervised fine-tuning, stages 1–3 (spec §4.1–4.3): samples of a recipe's tasks through the one training loop."""
+"""Supervised fine-tuning (spec §4.1–4.3): cross-entropy of one batch of one task."""
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from itertools import islice
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from onesearch.model import ModelConfig, OneSearchModel
+from onesearch.model import OneSearchModel
 from onesearch.sequence import Renderer
-from training.batches import Batch, PlannedStep, collate, plan
-from training.loop import LoopConfig, run
-from training.losses import sid_cross_entropy, text_cross_entropy
-from training.progress import track
-from training.recipe import Recipe, StageConfig
-from training.samples import MAKERS, Sample, Sources
+from training.batches import Batch, PlannedStep, collate
+from training.losses import sid_nll, text_nll
+from training.objective import Objective
+from training.parallel import rank, world
+from training.recipe import Precision
+from training.samples import Sample
 
 TEXT_TASKS = {
     *("sid_to_query", "sid_to_title", "query_to_category", "title_to_category", "sid_to_category"),
-    *("query_to_title", "title_to_query"),
+    *("query_to_title", "title_to_query", "query_to_keywords", "user_to_keywords"),
 }
 
 
-def train(recipe: Recipe, sources: Sources, folder: Path) -> tuple[OneSearchModel, dict[str, float]]:
-    """Train a fresh model; returns it in eval mode with the mean loss per task of the last stage."""
-    torch.manual_seed(recipe.seed)
-    shape = asdict(recipe.model)
-    model = OneSearchModel(
-        ModelConfig.for_renderer(sources.renderer, max_positions=sources.renderer.config.max_ids, **shape)
-    )
-    tasks = list(dict.fromkeys(task for stage in recipe.stages for task in stage.mixture))
-    data: dict[str, Sequence[Sample]] = {
-        task: list(track(MAKERS[task](sources), f"render {task}")) for task in tasks
-    }
-    config = LoopConfig(recipe.seed, recipe.precision, recipe.checkpoint_every)
-    losses = run(
-        model,
-        recipe.stages,
-        plan(recipe.stages, data, recipe.seed),
-        lambda step: batch_loss(model, sources.renderer, _batch(step, data, sources.renderer.pad)),
-        folder,
-        config,
-    )
-    return model, losses
+class SftObjective(Objective):
+    """Cross-entropy per token: SID targets over each level's codebook, text over the vocabulary."""
 
+    def __init__(
+        self,
+        model: OneSearchModel,
+        renderer: Renderer,
+        data: Mapping[str, Sequence[Sample]],
+        precision: Precision = "fp32",
+    ) -> None:
+        super().__init__(model, precision)
+        self.renderer = renderer
+        self.data = data
 
-def _render(task: str, sources: Sources, stages: Sequence[StageConfig]) -> list[Sample]:
-    """Samples of a task, no more than the stages can be expected to use."""
-    shares = (stage.mixture.get(task, 0.0) / sum(stage.mixture.values()) for stage in stages)
-    uses = sum(share * stage.steps * stage.batch for share, stage in zip(shares, stages, strict=True))
-    return list(track(islice(MAKERS[task](sources), math.ceil(uses)), f"render {task}"))
+    def gradients(self, step: PlannedStep) -> dict[str, float]:
+        """See `Objective`."""
+        return self.batch_gradients(self.batch(step))
 
+    def batch(self, step: PlannedStep) -> Batch:
+        """This process's share of a step."""
+        rows = [self.data[step.task][i] for i in step.samples]
+        return collate(step.task, rows, self.renderer.pad, rank(), world())
 
-def batch_loss(model: OneSearchModel, renderer: Renderer, batch: Batch) -> Tensor:
-    """Cross-entropy of one batch, per token: SID targets over each level's codebook, text over the vocabulary."""
-    if batch.task in TEXT_TASKS:
-        logits = model.text_logits(batch.ids, batch.mask, batch.history, batch.target)
-        return text_cross_entropy(logits, batch.target, batch.weight, renderer.pad)
-    levels = model.sid_logits(batch.ids, batch.mask, batch.history, batch.target)
-    codes = torch.from_numpy(renderer.sids.codes(batch.target.numpy()).astype("int64"))
-    return sid_cross_entropy(levels, codes, batch.weight)
+    def batch_gradients(self, batch: Batch) -> dict[str, float]:
+        """`gradients` of a batch."""
+        with self.autocast():
+            loss = self.cross_entropy(batch)
+        self.backward(loss)
+        return {"loss": loss.item()}
 
+    def cross_entropy(self, batch: Batch) -> Tensor:
+        """Weighted mean per target token; scalar."""
+        if batch.task in TEXT_TASKS:
+            logits = self.model.text_logits(*batch.prompt, batch.target)
+            return batch.mean(text_nll(logits, batch.target, self.renderer.pad))
+        levels = self.model.sid_logits(*batch.prompt, batch.target)
+        return batch.mean(sid_nll(levels, self.codes(batch.target)))
 
-def _batch(step: PlannedStep, data: Mapping[str, Sequence[Sample]], pad: int) -> Batch:
-    return collate(step.task, [data[step.task][i] for i in step.samples], pad)
+    def codes(self, target: Tensor) -> Tensor:
+        """SID token ids int64 [B, L] → codes int64 [B, L]."""
+        return torch.from_numpy(self.renderer.sids.codes(target.numpy()).astype("int64"))

@@ -1,0 +1,115 @@
+"""Admission: which searches start, when, and how wide.
+
+At most `concurrency` searches run; the others wait in one bounded queue, first come first served. A search that
+cannot be answered before its deadline is turned away at once, because work that comes too late costs the ones
+behind it. Before anything is turned away beams get narrower: every `_PATIENCE` rounds of waiting searches cost one
+rung of the ladder (width, width/2, width/4), which keeps the queue short when it is still cheap to do so.
+"""
+
+import asyncio
+import math
+import time
+from collections.abc import AsyncIterator, Callable, Hashable
+from contextlib import asynccontextmanager
+
+from onesearch.errors import DeadlineError
+from service.problems import Refused
+
+NARROW_BEAM = "narrow_beam"
+_RUNGS = 3
+_PATIENCE = 2
+_WEIGHT = 0.1
+
+
+class Overloaded(Refused):
+    """The queue is full, or too long for the deadline of the search."""
+
+    code = "overloaded"
+    status = 503
+
+
+class ServiceTimes:
+    """Exponentially weighted means of how long searches take, in seconds, per kind and width."""
+
+    def __init__(self) -> None:
+        self._means: dict[tuple[Hashable, int], float] = {}
+
+    def estimate(self, kind: Hashable, width: int) -> float:
+        """The expected time of a search; 0, which admits it, while nothing is known."""
+        return self._means.get((kind, width), 0.0)
+
+    def observe(self, kind: Hashable, width: int, seconds: float) -> None:
+        """Learn from a finished search."""
+        known = self._means.get((kind, width), seconds)
+        self._means[kind, width] = known + _WEIGHT * (seconds - known)
+
+
+class Admission:
+    """The gate in front of inference. `waiting` and `running` count the searches on either side of it."""
+
+    def __init__(
+        self,
+        concurrency: int,
+        queue_limit: int,
+        announce: Callable[[int, int], None] = lambda waiting, running: None,
+    ) -> None:
+        """announce: called with both counts whenever one of them changed."""
+        self._concurrency, self._queue_limit, self._announce = concurrency, queue_limit, announce
+        self._slots = asyncio.Semaphore(concurrency)
+        self._times = ServiceTimes()
+        self.waiting = self.running = 0
+
+    @asynccontextmanager
+    async def slot(self, kind: Hashable, width: int, limit: int, deadline: float) -> AsyncIterator[int]:
+        """A slot to search in, with the width to use: at most `width`, not under `limit` because of the ladder.
+
+        kind: searches of one kind take about the same time at one width. deadline: `time.monotonic()`. Raises
+        Overloaded when the queue is full or the deadline cannot be met, DeadlineError when it passes meanwhile.
+        """
+        rungs = ladder(width, limit)
+        await self._enter(self._times.estimate(kind, rungs[-1]), deadline)
+        self._count(running=1)
+        try:
+            started = time.monotonic()
+            chosen = self._choose(kind, rungs, deadline - started)
+            yield chosen
+            self._times.observe(kind, chosen, time.monotonic() - started)
+        finally:
+            self._slots.release()
+            self._count(running=-1)
+
+    async def _enter(self, fastest: float, deadline: float) -> None:
+        """Wait for a slot. fastest: expected seconds of this search at its narrowest."""
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise DeadlineError("the deadline passed before the search could start")
+        rounds = (self.waiting + 1) / self._concurrency if self._slots.locked() else 0.0
+        if self.waiting >= self._queue_limit and self._slots.locked():
+            raise Overloaded(f"{self.waiting} searches are waiting already", math.ceil(fastest * rounds))
+        if self._slots.locked() and fastest * (rounds + 1) > left:
+            raise Overloaded("too many searches are waiting for this deadline", math.ceil(fastest * rounds))
+        self._count(waiting=1)
+        try:
+            async with asyncio.timeout(left):
+                await self._slots.acquire()
+        except TimeoutError:
+            raise DeadlineError("the deadline passed while the search waited") from None
+        finally:
+            self._count(waiting=-1)
+
+    def _count(self, waiting: int = 0, running: int = 0) -> None:
+        self.waiting += waiting
+        self.running += running
+        self._announce(self.waiting, self.running)
+
+    def _choose(self, kind: Hashable, rungs: tuple[int, ...], left: float) -> int:
+        """The widest beam that the queue allows and that fits into the time left; the narrowest if none does."""
+        pressed = min(self.waiting // (_PATIENCE * self._concurrency), len(rungs) - 1)
+        fitting = (width for width in rungs[pressed:] if self._times.estimate(kind, width) <= left)
+        return next(fitting, rungs[-1])
+
+
+def ladder(width: int, limit: int) -> tuple[int, ...]:
+    """The widths a search may be given, widest first: halves of `width` that still fill a page of `limit`."""
+    halves = (width >> rung for rung in range(1, _RUNGS))
+    return (width, *(half for half in halves if half >= limit))

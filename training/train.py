@@ -1,0 +1,80 @@
+"""Runs the training stages of a recipe one after the other; each starts from the weights of the one before.
+
+A stage's folder is named by the fingerprint of everything that went into it, the stages before it included, so
+recipes that begin alike share their first stages and a finished stage is loaded, not trained again.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from onesearch.model import ModelConfig, OneSearchModel
+from training.batches import plan
+from training.distill import SdftObjective
+from training.loop import run, summary
+from training.progress import track
+from training.recipe import Recipe
+from training.samples import MAKERS, Sample, Sources
+from training.sft import SftObjective
+from training.stages import SdftStage, SftStage
+
+FolderOf = Callable[[str, Mapping[str, Any]], Path]
+
+
+def train(
+    recipe: Recipe, sources: Sources, folder_of: FolderOf, inputs: Mapping[str, Any]
+) -> tuple[OneSearchModel, dict[str, dict[str, float]]]:
+    """A model that went through all stages, in eval mode, with the mean loss per stage and task at its end.
+
+    `folder_of` names a stage's folder by what went into it; `inputs` is what went into all of them.
+    """
+    torch.manual_seed(recipe.seed)
+    shape = asdict(recipe.model)
+    model = OneSearchModel(
+        ModelConfig.for_renderer(sources.renderer, max_positions=sources.renderer.config.max_ids, **shape)
+    )
+    losses: dict[str, dict[str, float]] = {}
+    before = ""
+    for number, stage in enumerate(recipe.stages):
+        folder = folder_of(f"stage-{stage.name}", {**inputs, "stage": asdict(stage), "before": before})
+        if (folder / "weights.safetensors").exists():
+            model.load_weights(folder / "weights.safetensors")
+            losses[stage.name] = summary(folder)
+        else:
+            losses[stage.name] = _train_stage(model, recipe, number, sources, folder)
+        before = folder.name
+    return model.eval(), losses
+
+
+def _train_stage(
+    model: OneSearchModel, recipe: Recipe, number: int, sources: Sources, folder: Path
+) -> dict[str, float]:
+    """Train `model` in place through one stage."""
+    stage = recipe.stages[number]
+    data = stage_samples(stage, sources)
+    shares = stage.shares({task: len(samples) for task, samples in data.items()})
+    steps = plan(shares, data, stage.steps, stage.batch, (recipe.seed, number))
+    if isinstance(stage, SdftStage):
+        objective: SftObjective = SdftObjective(model, sources.renderer, data, stage, recipe.precision)
+    else:
+        objective = SftObjective(model, sources.renderer, data, recipe.precision)
+    return run(objective, stage, steps, folder, 1009 * recipe.seed + number, recipe.checkpoint_every)
+
+
+def stage_samples(stage: SftStage, sources: Sources) -> dict[str, list[Sample]]:
+    """Samples per task, no more than a stage with a given mixture can be expected to use."""
+    teach = replace(sources, teach=isinstance(stage, SdftStage) and stage.mode != "off")
+    uses = stage.shares(dict.fromkeys(stage.wanted(), 1)) if stage.mixture else {}
+    return {
+        task: list(track(_some(MAKERS[task](teach), uses.get(task), stage), f"render {task}"))
+        for task in stage.wanted()
+    }
+
+
+def _some(samples: Any, share: float | None, stage: SftStage) -> Iterator[Sample]:
+    return islice(samples, None if share is None else math.ceil(share * stage.steps * stage.batch))
