@@ -12,7 +12,15 @@ from onesearch import __version__
 from service import problems, routes
 from service.deployment import Deployment
 from service.envelope import Envelope
+<<<<<<< HEAD
 from service.limits import RateLimit
+=======
+<<<<<<< HEAD
+=======
+from service.experiments_file import watch_experiments
+from service.limits import RateLimit
+>>>>>>> 1b56c0f (Experiments: exclusive slots, independent layers, ramps and kill switch, followed while serving)
+>>>>>>> bbb4bb8 (Experiments: exclusive slots, independent layers, ramps and kill switch, followed while serving)
 from service.pipeline import Pipeline
 from service.readiness import Readiness
 from service.settings import Settings
@@ -69,6 +77,7 @@ def _lifespan(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[routes.Parts]:
         checking = asyncio.create_task(readiness.check())
+        watching = asyncio.create_task(watch_experiments(settings.experiments, deployment, metrics))
         yield {
             "deployment": deployment,
             "pipeline": Pipeline(deployment, store, settings, metrics),
@@ -76,6 +85,7 @@ def _lifespan(
             "metrics": metrics,
         }
         checking.cancel()
+        watching.cancel()
         for engine in deployment.engines:
             await engine.runner.close()
         await store.close()

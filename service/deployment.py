@@ -43,16 +43,34 @@ class Variant:
         return SearchOptions(limit=limit, width=own.width, score=own.score, keywords=own.keywords, **more)
 
 
+@dataclass(frozen=True)
+class Traffic:
+    """The variants by name and the split between them, which change together."""
+
+    variants: Mapping[str, Variant]
+    split: Split
+
+
 class Deployment:
-    """Engines and variants; immutable while the service runs."""
+    """The engines, which stay while the service runs, and the traffic, which may be replaced between two requests."""
 
     def __init__(self, engines: Sequence[Engine], split: Split) -> None:
-        by_name = {engine.name: engine for engine in engines}
         self.engines = tuple(engines)
-        self.split = split
-        self.variants: Mapping[str, Variant] = {
-            name: Variant(name, by_name[str(options.bundle)], options) for name, options in split.variants.items()
-        }
+        self.traffic = self._traffic(split)
+
+    @property
+    def variants(self) -> Mapping[str, Variant]:
+        """The variants served now."""
+        return self.traffic.variants
+
+    def adopt(self, split: Split) -> None:
+        """Serve another split from the next request on."""
+        self.traffic = self._traffic(split)
+
+    def _traffic(self, split: Split) -> Traffic:
+        engines = {engine.name: engine for engine in self.engines}
+        variants = {n: Variant(n, engines[str(o.bundle)], o) for n, o in split.variants.items()}
+        return Traffic(variants, split)
 
 
 def open_deployment(paths: Sequence[Path], settings: Settings) -> Deployment:
@@ -74,7 +92,7 @@ def open_deployment(paths: Sequence[Path], settings: Settings) -> Deployment:
             faults.append(str(error))
     if faults:
         raise BundleError("cannot serve", faults)
-    split = read_split(settings.variants, list(engines)) if settings.variants else declared_split(recipes)
+    split = read_split(settings.experiments, list(engines)) if settings.experiments else declared_split(recipes)
     return Deployment(list(engines.values()), split)
 
 

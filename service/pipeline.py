@@ -62,23 +62,35 @@ class Pipeline:
         self._admission = Admission(settings.concurrency, settings.queue_limit, metrics.load)
         self._metrics = metrics
 
-    def choose(self, caller: Caller, user: str | None) -> Variant:
-        """The forced variant, else the one of the bucket key, the user or the request, in this order."""
-        variants = self._deployment.variants
+    def choose(self, caller: Caller, user: str | None) -> tuple[Variant, Mapping[str, str]]:
+        """The forced variant, else the one of the bucket key, the user or the request, in this order.
+
+        Also the arm of every experiment that led to it; a forced variant is in none.
+        """
+        traffic = self._deployment.traffic
         if caller.forced_variant is not None:
-            if caller.forced_variant not in variants:
-                known = ", ".join(variants)
+            if caller.forced_variant not in traffic.variants:
+                known = ", ".join(traffic.variants)
                 raise HeaderError(VARIANT_HEADER, f"{caller.forced_variant!r} is not one of {known}")
-            return variants[caller.forced_variant]
+            return traffic.variants[caller.forced_variant], {}
         if caller.bucket_key is not None and len(caller.bucket_key) > MAX_BUCKET_KEY:
             raise HeaderError(BUCKET_HEADER, f"is longer than {MAX_BUCKET_KEY} characters")
-        return variants[self._deployment.split.assign(caller.bucket_key or user or caller.request_id)]
+        assigned = traffic.split.assign(caller.bucket_key or user or caller.request_id)
+        return traffic.variants[assigned.variant], assigned.arms
 
     async def search(self, request: SearchRequest, caller: Caller) -> Answer:
         """The answer to one search. Raises InputError for a variant that is not served."""
         started = time.perf_counter()
+<<<<<<< HEAD
         variant = self.choose(caller, request.user_id)
+<<<<<<< HEAD
         deadline = time.monotonic() + self._deadline if caller.deadline is None else caller.deadline
+=======
+=======
+        variant, arms = self.choose(caller, request.user_id)
+        deadline = time.monotonic() + self._deadline if caller.deadline is None else caller.deadline
+>>>>>>> 1b56c0f (Experiments: exclusive slots, independent layers, ramps and kill switch, followed while serving)
+>>>>>>> bbb4bb8 (Experiments: exclusive slots, independent layers, ramps and kill switch, followed while serving)
         history, degraded = await self._history(request)
         spent = {"state": _ms_since(started)}
         context = context_of(request.query, history)
@@ -104,8 +116,17 @@ class Pipeline:
             "timings_ms": spent,
         }
         if request.explain:
+<<<<<<< HEAD
             body["explain"] = _explain(context, options, result)
+<<<<<<< HEAD
         self._metrics.search(variant.name, options.width, spent, degraded)
+=======
+        self._metrics.search(variant.name, spent, degraded)
+=======
+            body["explain"] = _explain(context, options, result) | {"experiments": arms}
+        self._metrics.search(variant.name, options.width, spent, degraded)
+>>>>>>> 1b56c0f (Experiments: exclusive slots, independent layers, ramps and kill switch, followed while serving)
+>>>>>>> bbb4bb8 (Experiments: exclusive slots, independent layers, ramps and kill switch, followed while serving)
         return Answer(orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY), variant.name, spent)
 
     async def record(self, event: EventRequest) -> None:

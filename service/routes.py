@@ -17,6 +17,7 @@ from service.schemas import (
     CatalogItem,
     EventAnswer,
     EventRequest,
+    ExperimentInfo,
     Problem,
     SearchAnswer,
     SearchParameters,
@@ -134,23 +135,26 @@ async def item(request: Request, item_id: Annotated[int, Path(ge=0, le=2**63 - 1
 
 @router.get("/v1/variants", tags=["search"], summary="Variants")
 async def variants(request: Request) -> VariantList:
-    """The variants that split the traffic, and what each one runs."""
-    deployment: Deployment = request.state.deployment
-    total = sum(v.options.weight for v in deployment.variants.values())
+    """The variants that split the traffic, what each one runs, and the experiments that lead to them."""
+    traffic = request.state.deployment.traffic
     return VariantList(
         variants=[
             VariantInfo(
                 name=v.name,
                 bundle=v.engine.name,
-                share=round(v.options.weight / total, 6),
+                share=round(traffic.split.shares[v.name], 6),
                 keywords=v.options.keywords,
                 width=v.options.width,
                 score=v.options.score,
                 model_version=v.engine.model_version,
                 catalog_version=v.engine.live.snapshot.version,
             )
-            for v in deployment.variants.values()
-        ]
+            for v in traffic.variants.values()
+        ],
+        experiments=[
+            ExperimentInfo(name=name, **e.model_dump(), traffic=round(e.traffic, 6))
+            for name, e in traffic.split.experiments.items()
+        ],
     )
 
 

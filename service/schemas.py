@@ -188,10 +188,23 @@ class VariantInfo(BaseModel):
     catalog_version: str
 
 
+class ExperimentInfo(BaseModel):
+    """One experiment: its arms with their weights, its layer and slot, and the share of all users that take part."""
+
+    name: str
+    layer: str
+    slot: tuple[float, float]
+    ramp: float
+    enabled: bool
+    arms: dict[str, float]
+    traffic: float
+
+
 class VariantList(BaseModel):
     """Answer of `GET /v1/variants`."""
 
     variants: list[VariantInfo]
+    experiments: list[ExperimentInfo]
 
 
 class CatalogInfo(BaseModel):

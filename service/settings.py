@@ -24,7 +24,10 @@ class Settings(BaseSettings):
 
     host: str = Field(default="127.0.0.1", description="address to listen on")
     port: int = Field(default=8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
-    variants: Path | None = Field(default=None, description="TOML file of variants; default: the bundles' own")
+    experiments: Path | None = Field(
+        default=None,
+        description="TOML file of variants and experiments, reloaded when it changes; default: the bundles' own",
+    )
     state: str = Field(
         default="sqlite:onesearch-state.sqlite3",
         pattern=r"^(sqlite:.+|rediss?://.+|unix://.+)",

@@ -5,7 +5,7 @@ import os
 import traceback
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Literal
 
 import orjson
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -36,6 +36,10 @@ class Metrics:
         self._widths = Counter("searches", "Searches by beam width used.", ["variant", "width"], **shared)
         self._problems = Counter("problems", "Requests answered with a problem.", ["code"], **shared)
         self._events = Counter("events", "Events accepted.", ["type"], **shared)
+<<<<<<< HEAD
+        self._served = Gauge("variant_info", "Variants served.", ["variant", "model", "catalog"], **shared)
+=======
+        self._reloads = Counter("experiments_reloads", "Changes of the experiments file.", ["outcome"], **shared)
         versions = ["variant", "model", "catalog"]
         self._served = Gauge("variant_info", "Variants served.", versions, multiprocess_mode="livemax", **shared)
         live: dict[str, Any] = {**shared, "multiprocess_mode": "livesum"}
@@ -43,6 +47,7 @@ class Metrics:
         self._running = Gauge("searches_running", "Searches that run.", **live)
         Gauge("workers", "Processes that serve.", **live).set(1)
         Gauge("build_info", "Version of the service.", ["version"], **live).labels(__version__).set(1)
+>>>>>>> bbb4bb8 (Experiments: exclusive slots, independent layers, ramps and kill switch, followed while serving)
 
     def request(self, route: str, variant: str, status: int, seconds: float) -> None:
         """Count one answered request."""
@@ -69,6 +74,10 @@ class Metrics:
     def event(self, kind: str) -> None:
         """Count one accepted event."""
         self._events.labels(kind).inc()
+
+    def experiments_reload(self, outcome: Literal["adopted", "refused"]) -> None:
+        """Count a change of the experiments file."""
+        self._reloads.labels(outcome).inc()
 
     def variant(self, name: str, model_version: str, catalog_version: str) -> None:
         """Announce a served variant."""

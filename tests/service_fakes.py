@@ -13,7 +13,7 @@ from onesearch.search import SearchOptions, SearchResult
 from service.deployment import Deployment, Engine
 from service.settings import Settings
 from service.state import History, StateUnavailable, UserState
-from service.variants import Split, VariantOptions
+from service.variants import VariantOptions, WeightedSplit
 from trie import SidTrie
 
 TITLES = (
@@ -109,7 +109,7 @@ def fake_deployment(engine: Engine) -> Deployment:
     """Two equal variants of one engine: control, and keywords on."""
     options = VariantOptions(bundle=engine.name, width=64)
     return Deployment(
-        [engine], Split({"control": options, "keywords": options.model_copy(update={"keywords": True})})
+        [engine], WeightedSplit({"control": options, "keywords": options.model_copy(update={"keywords": True})})
     )
 
 

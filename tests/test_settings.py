@@ -11,7 +11,7 @@ from onesearch.errors import BundleError, ConfigError
 from service.cli import REFUSED, serve
 from service.deployment import open_deployment
 from service.settings import load_settings
-from service.variants import Split, VariantOptions, declared_split, read_split
+from service.variants import VariantOptions, WeightedSplit, declared_split, read_split
 
 
 def test_defaults_environment_and_overrides_come_in_this_order(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,24 +44,24 @@ def test_every_fault_of_the_environment_is_named_at_once(monkeypatch: pytest.Mon
 def test_the_split_is_sticky_weighted_and_salted() -> None:
     weights = {"a": 70.0, "b": 30.0, "off": 0.0}
     variants = {name: VariantOptions(bundle="x", weight=w) for name, w in weights.items()}
-    split, again, salted = Split(variants), Split(variants), Split(variants, "other")
+    split, again, salted = WeightedSplit(variants), WeightedSplit(variants), WeightedSplit(variants, "other")
     keys = [f"user-{i}" for i in range(20_000)]
-    chosen = [split.assign(key) for key in keys]
-    assert chosen == [again.assign(key) for key in keys]
+    chosen = [split.assign(key).variant for key in keys]
+    assert chosen == [again.assign(key).variant for key in keys]
     assert set(chosen) == {"a", "b"}
     assert abs(chosen.count("a") / len(keys) - 0.7) < 0.015
-    moved = sum(one != salted.assign(key) for one, key in zip(chosen, keys, strict=True)) / len(keys)
+    moved = sum(one != salted.assign(key).variant for one, key in zip(chosen, keys, strict=True)) / len(keys)
     assert abs(moved - 2 * 0.7 * 0.3) < 0.02  # another salt deals the users anew
 
 
 def test_the_split_never_changes_between_versions() -> None:
-    split = Split({name: VariantOptions(bundle="x") for name in ("a", "b", "c")})
-    assert "".join(split.assign(str(i)) for i in range(12)) == "abbaacbbbbbb"
+    split = WeightedSplit({name: VariantOptions(bundle="x") for name in ("a", "b", "c")})
+    assert "".join(split.assign(str(i)).variant for i in range(12)) == "abbaacbbbbbb"
 
 
 def test_weights_must_leave_something_to_serve() -> None:
     with pytest.raises(ConfigError, match="add up to 0"):
-        Split({"a": VariantOptions(bundle="x", weight=0)})
+        WeightedSplit({"a": VariantOptions(bundle="x", weight=0)})
 
 
 def test_one_bundle_keeps_the_names_it_declares_and_several_prefix_them() -> None:
