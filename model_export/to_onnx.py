@@ -38,7 +38,7 @@ def export_prefill(model: OneSearchModel, path: Path) -> None:
 
 def export_step(model: OneSearchModel, path: Path) -> None:
     """Write the step graph. t may be 0 with one row that no beam reads: the state before the first step."""
-    layers, width = model.config.decoder_layers, model.config.d_model
+    layers, width = model.config.decoder_layers, model.config.state_width
     prompt = Dim("prompt", min=1, max=model.config.max_positions)
     beams, previous, steps, codes = Dim("beams"), Dim("previous"), Dim("steps", max=_MAX_STEPS), Dim("codes")
     with torch.no_grad():

@@ -4,16 +4,19 @@ from dataclasses import replace
 import numpy as np
 import onnx
 import pytest
+from tiny_bundle import write_tiny_bundle
 from typer.testing import CliRunner
 
 from model_export import cli, parity, to_onnx
 from model_export.cli import export_onnx
 from model_export.parity import Comparison, Parity
 from onesearch.bundle import open_bundle
+from onesearch.context import SearchContext
 from onesearch.decode import BeamResult
 from onesearch.errors import BundleError, ExportError
+from onesearch.model import TorchDecoder
 from onesearch.runtime import OnnxDecoder
-from onesearch.search import Searcher, replay, score_gap
+from onesearch.search import Searcher, SearchOptions, replay, score_gap
 
 
 @pytest.fixture
@@ -42,6 +45,21 @@ def test_an_exported_bundle_opens_and_its_graphs_replay_the_golden_examples(expo
     assert bundle.graph_stamp == stamp and len(steps) == 4
     decoder = OnnxDecoder(bundle.graphs, bundle.renderer.sids, bundle.renderer.bos, 1)
     assert replay(Searcher(bundle, decoder), bundle.examples) == []
+
+
+@pytest.mark.parametrize("backbone", ["gpt2", "qwen3"])
+def test_decoder_only_bundles_export_and_search_like_their_torch_model(tmp_path, backbone):
+    path, model = write_tiny_bundle(tmp_path, backbone)
+    stamp = export_onnx(path, "fp32", lambda step: None)
+    assert stamp["parity"]["fp32"]["logits"] <= 1e-4
+    bundle = open_bundle(path)
+    decoder = OnnxDecoder(bundle.graphs, bundle.renderer.sids, bundle.renderer.bos, 1)
+    assert replay(Searcher(bundle, decoder), bundle.examples) == []
+    answer = Searcher(bundle, decoder).search(SearchContext("blue bag"), SearchOptions(limit=5))
+    expected = Searcher(bundle, TorchDecoder(model, bundle.renderer)).search(
+        SearchContext("blue bag"), SearchOptions(limit=5)
+    )
+    assert answer.rows.tolist() == expected.rows.tolist() and len(answer.rows) == 5
 
 
 def test_the_stamp_says_what_was_made_and_how_close_it_is(exported):

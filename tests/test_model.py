@@ -1,11 +1,13 @@
 import numpy as np
 import pytest
 import torch
-from tiny import HISTORY_DIM, SIZES, tiny_model, tiny_prompt, tiny_renderer
-from transformers import BartConfig, BartModel
+from tiny import HISTORY_DIM, SHAPES, SIZES, tiny_model, tiny_prompt, tiny_renderer
+from transformers import AutoConfig, AutoModel, BartConfig, GPT2Config, Qwen3Config
 
 from onesearch.errors import BundleError, ConfigError
-from onesearch.model import ModelConfig, OneSearchModel, TorchDecoder, from_pretrained
+from onesearch.model import OneSearchModel, TorchDecoder
+from onesearch.model_config import ModelConfig
+from onesearch.pretrained import from_pretrained
 from onesearch.sequence import Fields, Prompt
 
 
@@ -14,9 +16,9 @@ def renderer():
     return tiny_renderer()
 
 
-@pytest.fixture(scope="module")
-def model(renderer):
-    return tiny_model(renderer)
+@pytest.fixture(scope="module", params=SHAPES)
+def model(renderer, request):
+    return tiny_model(renderer, backbone=request.param)
 
 
 def batch(prompts, pad):
@@ -28,20 +30,35 @@ def batch(prompts, pad):
     return ids, (ids != pad).long(), history
 
 
-@torch.no_grad()
-def reference_logits(model, prompt: Prompt, codes):
-    """Next-level logits [K, size] of each prefix by one plain full forward per prefix, head over all tokens."""
-    vocab, level = model.config.sids, codes.shape[1]
+def embedded_prompt(model, prompt):
     ids = torch.from_numpy(prompt.ids)[None]
-    embeds = model.bart.shared(ids)
+    embeds = model.backbone.get_input_embeddings()(ids)
     for slot, token in enumerate(model.config.history_ids):
         vector = model.history.weight @ torch.from_numpy(prompt.history[slot])
         embeds = embeds + (ids == token)[..., None] * vector
+    return embeds
+
+
+def last_hidden(model, prompt, target):
+    """What `transformers` itself computes after the last of the target inputs [1, T]."""
+    network, embeds = model.backbone, embedded_prompt(model, prompt)
+    if model.config.backbone == "bart":
+        return network(inputs_embeds=embeds, decoder_input_ids=target).last_hidden_state[0, -1]
+    read = network(inputs_embeds=embeds, use_cache=True)
+    for token in target[0]:
+        read = network(input_ids=token.view(1, 1), cache=read.cache, use_cache=True)
+    return read.last_hidden_state[0, -1]
+
+
+@torch.no_grad()
+def reference_logits(model, prompt: Prompt, codes):
+    """Next-level logits [K, size] of each prefix by `transformers` alone, one prefix at a time, its KV cache in use
+    where the network is decoder-only, head over all tokens."""
+    vocab, level = model.config.sids, codes.shape[1]
     rows = []
     for prefix in vocab.token_ids(codes):
-        target = torch.tensor([[model.config.bos, *prefix]])
-        hidden = model.bart(inputs_embeds=embeds, decoder_input_ids=target).last_hidden_state[0, -1]
-        scores = model.bart.shared.weight @ hidden + model.head_bias
+        hidden = last_hidden(model, prompt, torch.tensor([[model.config.bos, *prefix]]))
+        scores = model.backbone.get_input_embeddings().weight @ hidden + model.head_bias
         rows.append(scores[slice(*vocab.level_range(level))].numpy())
     return np.stack(rows)
 
@@ -105,13 +122,14 @@ def test_text_logits_are_causal_over_the_full_vocabulary(renderer, model):
 def test_history_vectors_enter_only_at_their_placeholders(renderer, model):
     history = torch.randn(1, 3, HISTORY_DIM)
     ids = torch.tensor([[renderer.bos, renderer.history_ids[1], renderer.eos]])
-    moved = model.embed_prompt(ids, history) - model.bart.shared(ids)
+    moved = model.embed_prompt(ids, history) - model.embed(ids)
     torch.testing.assert_close(moved[0, 1], model.history(history[0, 1]))
     assert moved[0, [0, 2]].abs().max() == 0
 
 
-def test_gradients_reach_history_and_both_ends_of_the_tied_embedding(renderer):
-    model = tiny_model(renderer).train()
+@pytest.mark.parametrize("backbone", SHAPES)
+def test_gradients_reach_history_and_both_ends_of_the_tied_embedding(renderer, backbone):
+    model = tiny_model(renderer, backbone=backbone).train()
     target = torch.from_numpy(renderer.sids.token_ids(np.array([[1, 2, 3, 0, 4]])))
     sum(
         level.logsumexp(-1).sum() for level in model.sid_logits(*batch([tiny_prompt(renderer)], 0), target)
@@ -124,17 +142,21 @@ def test_gradients_reach_history_and_both_ends_of_the_tied_embedding(renderer):
 def test_weights_round_trip(renderer, model, tmp_path):
     path = tmp_path / "weights.safetensors"
     model.save_weights(path)
-    other = tiny_model(renderer, seed=1)
+    other = tiny_model(renderer, seed=1, backbone=model.config.backbone)
     other.load_weights(path)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
-    assert other.bart.encoder.embed_tokens.weight is other.bart.shared.weight
+    if model.config.backbone == "bart":
+        assert other.bart.encoder.embed_tokens.weight is other.bart.shared.weight
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
-def test_foreign_or_damaged_weights_are_refused(renderer, model, tmp_path):
+def test_foreign_or_damaged_weights_are_refused(renderer, tmp_path):
+    model = tiny_model(renderer)
     path = tmp_path / "weights.safetensors"
     model.save_weights(path)
     wide = OneSearchModel(ModelConfig.for_renderer(renderer, d_model=16, heads=2))
+    with pytest.raises(BundleError, match=r"'bart.*is unknown.*\n?.*'gpt2.*is missing"):
+        tiny_model(renderer, backbone="gpt2").load_weights(path)
     with pytest.raises(BundleError, match=r"has shape .*, expected"):
         wide.load_weights(path)
     model.save_weights(tmp_path / "again.safetensors")
@@ -144,41 +166,96 @@ def test_foreign_or_damaged_weights_are_refused(renderer, model, tmp_path):
         model.load_weights(path)
 
 
+def test_the_hidden_state_that_predicts_a_target_does_not_depend_on_the_padding_before_it(renderer, model):
+    """What a student and a teacher prompt of other lengths compare (spec §4.4): target by target."""
+    prompts = [renderer.prompt("search", Fields(query="bag", keywords=k)) for k in ((), ("blue", "red shoes"))]
+    ids, mask, history = batch(prompts, renderer.pad)
+    target = torch.from_numpy(renderer.sids.token_ids(np.array([[1, 2, 3, 0, 4]] * 2)))
+    both = model.decode(model.encode(ids, mask, history), mask, target)
+    short = len(prompts[0].ids)
+    one = (ids[:1, :short], mask[:1, :short], history[:1])
+    alone = model.decode(model.encode(*one), one[1], target[:1])
+    assert both.shape == (2, 5, 32) and not torch.allclose(both[0], both[1], atol=1e-2)
+    torch.testing.assert_close(both[:1], alone, atol=1e-5, rtol=1e-5)
+
+
 def test_config_round_trips_and_names_what_is_wrong(renderer, model):
     assert ModelConfig.from_json(model.config.to_json()) == model.config
     with pytest.raises(ConfigError, match="dmodel"):
         ModelConfig.for_renderer(renderer, dmodel=3)
     with pytest.raises(ConfigError, match="max_positions: 64"):
         ModelConfig.for_renderer(renderer, max_positions=64)
+    with pytest.raises(ConfigError, match="max_positions: 96"):
+        ModelConfig.for_renderer(renderer, backbone="gpt2", max_positions=96)
     with pytest.raises(ConfigError, match="multiple"):
         ModelConfig.for_renderer(renderer, d_model=30, heads=4)
+    with pytest.raises(ConfigError, match=r"heads: 4 is not a multiple of model\.kv_heads 3"):
+        ModelConfig.for_renderer(renderer, backbone="qwen3", kv_heads=3)
+    with pytest.raises(ConfigError, match="kv_heads"):
+        ModelConfig.for_renderer(renderer, kv_heads=2)
+    with pytest.raises(ConfigError, match="backbone: 'mamba' is unknown, expected one of 'bart', 'gpt2', 'qwen3'"):
+        ModelConfig.for_renderer(renderer, backbone="mamba")
     with pytest.raises(ConfigError, match="colour"):
         ModelConfig.from_json(b'{"colour": 1}')
 
 
-def checkpoint(folder, renderer, **changes):
-    shape = dict(d_model=32, encoder_layers=1, decoder_layers=2, encoder_attention_heads=4, encoder_ffn_dim=48)
-    shape |= dict(decoder_attention_heads=4, decoder_ffn_dim=48, vocab_size=renderer.sids.first_id) | changes
-    bart = BartModel(BartConfig(**shape, max_position_embeddings=256, pad_token_id=renderer.pad)).eval()
-    bart.save_pretrained(folder)
-    return bart
+def hf_config(backbone, rows, **changes):
+    size = dict(vocab_size=rows, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    if backbone == "bart":
+        shape = dict(d_model=32, encoder_layers=1, decoder_layers=2, encoder_attention_heads=4, encoder_ffn_dim=48)
+        shape |= dict(decoder_attention_heads=4, decoder_ffn_dim=48, max_position_embeddings=256)
+        return BartConfig(**size | shape | changes)
+    if backbone == "gpt2":
+        return GPT2Config(**size | dict(n_embd=32, n_layer=2, n_head=4, n_positions=256) | changes)
+    shape = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+    shape |= dict(intermediate_size=48, tie_word_embeddings=True)
+    return Qwen3Config(
+        **size | shape | dict(rope_parameters={"rope_type": "default", "rope_theta": 1e6}) | changes
+    )
 
 
-def test_a_pretrained_checkpoint_keeps_its_function_and_gains_rows(renderer, tmp_path):
-    bart = checkpoint(tmp_path, renderer)
+def checkpoint(folder, backbone, rows, **changes):
+    torch.manual_seed(3)
+    network = AutoModel.from_config(hf_config(backbone, rows, **changes)).eval()
+    network.save_pretrained(folder)
+    return network
+
+
+@pytest.mark.parametrize("backbone", SHAPES)
+def test_a_pretrained_checkpoint_keeps_its_function_and_gains_rows(renderer, tmp_path, backbone):
+    network = checkpoint(tmp_path, backbone, renderer.sids.first_id)
     model = from_pretrained(tmp_path, renderer).eval()
-    ids = torch.from_numpy(renderer.prompt("query_to_sid", Fields(query="red shoes")).ids)[None]
-    expected = bart.encoder(input_ids=ids).last_hidden_state
-    memory = model.encode(ids, torch.ones_like(ids), torch.zeros(1, 3, HISTORY_DIM))
-    torch.testing.assert_close(memory, expected)
+    prompt = renderer.prompt("query_to_sid", Fields(query="red shoes"))
+    ids, target = torch.from_numpy(prompt.ids)[None], torch.from_numpy(renderer.target("blue bag"))[None]
+    inputs = torch.cat([torch.full((1, 1), renderer.bos), target[:, :-1]], dim=1)
+    if backbone == "bart":
+        expected = network(input_ids=ids, decoder_input_ids=inputs).last_hidden_state
+    else:
+        expected = network(input_ids=torch.cat([ids, inputs], 1)).last_hidden_state[:, ids.shape[1] :]
+    mask = torch.ones_like(ids)
+    found = model.decode(model.encode(ids, mask, torch.zeros(1, 3, HISTORY_DIM)), mask, target)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     assert len(model.embedding) == renderer.vocab_size
     assert model.embedding[renderer.sids.first_id :].std() > 0
 
 
-def test_a_foreign_checkpoint_is_refused(renderer, tmp_path):
-    checkpoint(tmp_path / "large", renderer, vocab_size=renderer.vocab_size + 1)
-    with pytest.raises(ConfigError, match="tokens"):
-        from_pretrained(tmp_path / "large", renderer)
-    checkpoint(tmp_path / "scaled", renderer, scale_embedding=True)
-    with pytest.raises(ConfigError, match="GELU"):
-        from_pretrained(tmp_path / "scaled", renderer)
+def test_a_checkpoint_that_would_compute_something_else_is_refused(renderer, tmp_path):
+    rows = renderer.sids.first_id
+    faults = {
+        ("bart", "tokens"): dict(rows=rows + 1),
+        ("bart", "has 9 tokens, the tokenizer"): dict(rows=9),
+        ("bart", "scale_embedding is True, expected False.*|activation_function is 'relu'"): dict(
+            scale_embedding=True, activation_function="relu"
+        ),
+        ("gpt2", "scale_attn_by_inverse_layer_idx"): dict(scale_attn_by_inverse_layer_idx=True),
+        ("qwen3", "tie_word_embeddings is False, expected True"): dict(tie_word_embeddings=False),
+    }
+    for number, ((backbone, message), changes) in enumerate(faults.items()):
+        hf_config(backbone, **{"rows": rows} | changes).save_pretrained(tmp_path / str(number))
+        with pytest.raises(ConfigError, match=message):
+            from_pretrained(tmp_path / str(number), renderer)
+    AutoConfig.for_model("mamba").save_pretrained(tmp_path / "mamba")
+    with pytest.raises(ConfigError, match="model_type is 'mamba', expected one of bart, gpt2, qwen3"):
+        from_pretrained(tmp_path / "mamba", renderer)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        from_pretrained(tmp_path / "nothing", renderer)

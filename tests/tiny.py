@@ -3,7 +3,8 @@
 import numpy as np
 import torch
 
-from onesearch.model import ModelConfig, OneSearchModel
+from onesearch.model import OneSearchModel
+from onesearch.model_config import ModelConfig
 from onesearch.sequence import Fields, Prompt, Renderer, SequenceConfig
 from onesearch.sid import SidSpec
 from training.tokenizer import train_tokenizer
@@ -18,12 +19,18 @@ def tiny_renderer() -> Renderer:
     return Renderer(tokenizer, spec, SequenceConfig(), HISTORY_DIM)
 
 
-def tiny_model(renderer: Renderer, seed: int = 0) -> OneSearchModel:
+SHAPES = {
+    "bart": dict(encoder_layers=1, heads=2),
+    "gpt2": dict(heads=2),
+    "qwen3": dict(heads=4, kv_heads=2, head_dim=16),  # heads together are wider than the model, as in Qwen3-0.6B
+}
+
+
+def tiny_model(renderer: Renderer, seed: int = 0, backbone: str = "bart") -> OneSearchModel:
     """Weights large enough that every part of the network moves the logits."""
     torch.manual_seed(seed)
-    model = OneSearchModel(
-        ModelConfig.for_renderer(renderer, d_model=32, encoder_layers=1, heads=2, ffn=64)
-    ).eval()
+    shape = dict(backbone=backbone, d_model=32, ffn=64) | SHAPES[backbone]
+    model = OneSearchModel(ModelConfig.for_renderer(renderer, **shape)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)

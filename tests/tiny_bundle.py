@@ -63,10 +63,10 @@ def write_tiny_identifiers(folder: Path) -> None:
     write_identifiers(folder, parts)
 
 
-def write_tiny_bundle(folder: Path) -> tuple[Path, OneSearchModel]:
+def write_tiny_bundle(folder: Path, backbone: str = "bart") -> tuple[Path, OneSearchModel]:
     """Writes `folder/bundle` (not exported) and returns its path and model."""
     write_tiny_identifiers(folder / "identifiers")
-    model = tiny_model(open_renderer(folder / "identifiers"))
+    model = tiny_model(open_renderer(folder / "identifiers"), backbone=backbone)
     target = folder / "bundle"
     write_bundle(folder / "identifiers", model, GOLDEN, target, {"name": "tiny", "variants": VARIANTS}, {})
     return target, model

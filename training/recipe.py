@@ -8,6 +8,7 @@ from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from onesearch.errors import ConfigError
+from onesearch.model_config import BackboneName
 from onesearch.sequence import SequenceConfig
 from training.codebooks import CodebookConfig
 from training.embedder import EmbedderConfig
@@ -42,12 +43,18 @@ class TokenizerConfig:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Size of the network; the vocabulary and SID grammar come from the data."""
+    """Which network, and its size; the vocabulary and SID grammar come from the data.
 
+    encoder_layers is BART's alone; kv_heads and head_dim are Qwen3's alone, 0 for as many, and as wide, as heads imply.
+    """
+
+    backbone: BackboneName = "bart"
     d_model: int = 128
     encoder_layers: int = 2
     decoder_layers: int = 2
     heads: int = 4
+    kv_heads: int = 0
+    head_dim: int = 0
     ffn: int = 512
     dropout: float = 0.1
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from onesearch.model import ModelConfig, OneSearchModel
+from onesearch.model import OneSearchModel
+from onesearch.model_config import ModelConfig
 from training.batches import plan
 from training.distill import SdftObjective
 from training.loop import run, summary
@@ -35,9 +36,7 @@ def train(
     """
     torch.manual_seed(recipe.seed)
     shape = asdict(recipe.model)
-    model = OneSearchModel(
-        ModelConfig.for_renderer(sources.renderer, max_positions=sources.renderer.config.max_ids, **shape)
-    )
+    model = OneSearchModel(ModelConfig.for_renderer(sources.renderer, **shape))
     losses: dict[str, dict[str, float]] = {}
     before = ""
     for number, stage in enumerate(recipe.stages):
