@@ -30,7 +30,7 @@ def pack_step(model: OneSearchModel, target: Path) -> None:
 
     Weights are rounded to int8 with one scale per output channel. Activations are quantised by the decoder, per row.
     """
-    decoder, config = model.bart.decoder, model.config
+    decoder, config = model.backbone.decoder, model.config
     arrays: dict[str, list[npt.NDArray[Any]]] = {}
     for layer in decoder.layers:
         own, cross = layer.self_attn, layer.encoder_attn
