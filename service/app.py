@@ -12,15 +12,8 @@ from onesearch import __version__
 from service import problems, routes
 from service.deployment import Deployment
 from service.envelope import Envelope
-<<<<<<< HEAD
-from service.limits import RateLimit
-=======
-<<<<<<< HEAD
-=======
 from service.experiments_file import watch_experiments
 from service.limits import RateLimit
->>>>>>> 1b56c0f (Experiments: exclusive slots, independent layers, ramps and kill switch, followed while serving)
->>>>>>> bbb4bb8 (Experiments: exclusive slots, independent layers, ramps and kill switch, followed while serving)
 from service.pipeline import Pipeline
 from service.readiness import Readiness
 from service.settings import Settings

@@ -14,22 +14,6 @@ def serve(
     bundles: Annotated[list[Path], typer.Argument(help="Bundle folders; each is a source of variants.")],
     host: Annotated[str | None, typer.Option(help="Address to listen on [ONESEARCH_HOST].")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on, 0 for a free one [ONESEARCH_PORT].")] = None,
-<<<<<<< HEAD
-    variants: Annotated[Path | None, typer.Option(help="TOML file of variants [ONESEARCH_VARIANTS].")] = None,
-    workers: Annotated[int | None, typer.Option(help="Processes that serve the port [ONESEARCH_WORKERS].")] = None,
-) -> None:
-    """Serve bundles over HTTP."""
-    try:
-<<<<<<< HEAD
-        settings = load_settings(host=host, port=port, variants=variants, workers=workers)
-        if settings.workers > 1:
-            raise typer.Exit(Supervisor(bundles, settings).run())
-        app = open_app(bundles, settings)
-=======
-        settings = load_settings(host=host, port=port, variants=variants)
-        deployment = open_deployment(bundles, settings)
-        app = create_app(settings, deployment, open_store(settings))
-=======
     experiments: Annotated[
         Path | None, typer.Option(help="TOML file of variants and experiments [ONESEARCH_EXPERIMENTS].")
     ] = None,
@@ -41,8 +25,6 @@ def serve(
         if settings.workers > 1:
             raise typer.Exit(Supervisor(bundles, settings).run())
         app = open_app(bundles, settings)
->>>>>>> 1b56c0f (Experiments: exclusive slots, independent layers, ramps and kill switch, followed while serving)
->>>>>>> bbb4bb8 (Experiments: exclusive slots, independent layers, ramps and kill switch, followed while serving)
     except OneSearchError as error:
         typer.echo(f"onesearch-serve: {error}", err=True)
         raise typer.Exit(REFUSED) from error

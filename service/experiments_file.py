@@ -32,7 +32,7 @@ async def watch_experiments(path: Path | None, deployment: Deployment, metrics: 
             continue
         metrics.experiments_reload("adopted")
         for variant in deployment.variants.values():
-            metrics.variant(variant.name, variant.engine.model_version, variant.engine.catalog_version)
+            metrics.variant(variant.name, variant.engine.model_version, variant.engine.live.snapshot.version)
         logger.info("experiments adopted", extra={"fields": {"variants": list(deployment.variants)}})
 
 

@@ -81,16 +81,8 @@ class Pipeline:
     async def search(self, request: SearchRequest, caller: Caller) -> Answer:
         """The answer to one search. Raises InputError for a variant that is not served."""
         started = time.perf_counter()
-<<<<<<< HEAD
-        variant = self.choose(caller, request.user_id)
-<<<<<<< HEAD
-        deadline = time.monotonic() + self._deadline if caller.deadline is None else caller.deadline
-=======
-=======
         variant, arms = self.choose(caller, request.user_id)
         deadline = time.monotonic() + self._deadline if caller.deadline is None else caller.deadline
->>>>>>> 1b56c0f (Experiments: exclusive slots, independent layers, ramps and kill switch, followed while serving)
->>>>>>> bbb4bb8 (Experiments: exclusive slots, independent layers, ramps and kill switch, followed while serving)
         history, degraded = await self._history(request)
         spent = {"state": _ms_since(started)}
         context = context_of(request.query, history)
@@ -116,17 +108,8 @@ class Pipeline:
             "timings_ms": spent,
         }
         if request.explain:
-<<<<<<< HEAD
-            body["explain"] = _explain(context, options, result)
-<<<<<<< HEAD
-        self._metrics.search(variant.name, options.width, spent, degraded)
-=======
-        self._metrics.search(variant.name, spent, degraded)
-=======
             body["explain"] = _explain(context, options, result) | {"experiments": arms}
         self._metrics.search(variant.name, options.width, spent, degraded)
->>>>>>> 1b56c0f (Experiments: exclusive slots, independent layers, ramps and kill switch, followed while serving)
->>>>>>> bbb4bb8 (Experiments: exclusive slots, independent layers, ramps and kill switch, followed while serving)
         return Answer(orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY), variant.name, spent)
 
     async def record(self, event: EventRequest) -> None:

@@ -36,9 +36,6 @@ class Metrics:
         self._widths = Counter("searches", "Searches by beam width used.", ["variant", "width"], **shared)
         self._problems = Counter("problems", "Requests answered with a problem.", ["code"], **shared)
         self._events = Counter("events", "Events accepted.", ["type"], **shared)
-<<<<<<< HEAD
-        self._served = Gauge("variant_info", "Variants served.", ["variant", "model", "catalog"], **shared)
-=======
         self._reloads = Counter("experiments_reloads", "Changes of the experiments file.", ["outcome"], **shared)
         versions = ["variant", "model", "catalog"]
         self._served = Gauge("variant_info", "Variants served.", versions, multiprocess_mode="livemax", **shared)
@@ -47,7 +44,6 @@ class Metrics:
         self._running = Gauge("searches_running", "Searches that run.", **live)
         Gauge("workers", "Processes that serve.", **live).set(1)
         Gauge("build_info", "Version of the service.", ["version"], **live).labels(__version__).set(1)
->>>>>>> bbb4bb8 (Experiments: exclusive slots, independent layers, ramps and kill switch, followed while serving)
 
     def request(self, route: str, variant: str, status: int, seconds: float) -> None:
         """Count one answered request."""
