@@ -6,7 +6,7 @@ The only feature code. Training builds its samples and serving its prompts throu
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,10 @@ from onesearch.text import normalise
 MAX_RECENT_QUERIES = 10
 MAX_RECENT_ITEMS = 20
 MAX_LONG_ITEMS = 100
+# How much of each history logs and live traffic keep: more queries than a context shows, since repeats count once.
+KEPT_QUERIES, KEPT_CLICKS, KEPT_LONG = 3 * MAX_RECENT_QUERIES, MAX_LONG_ITEMS, MAX_LONG_ITEMS
+Gender = Literal["F", "M"]
+AgeBucket = Literal["0-11", "12-17", "18-23", "24-30", "31-40", "41-49", "50+"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,11 @@ def assemble(
         recent_items=tuple(clicks[-MAX_RECENT_ITEMS:]),
         long_items=tuple(long[-MAX_LONG_ITEMS:]),
     )
+
+
+def profile_text(gender: Gender | None, age_bucket: AgeBucket | None) -> str:
+    """Profile as prompts show it, e.g. `24-30 F`; unknown parts are left out."""
+    return " ".join(part for part in (age_bucket, gender) if part is not None)
 
 
 class SidLookup(Protocol):

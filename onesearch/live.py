@@ -125,6 +125,10 @@ class Snapshot:
         """SIDs of rows, uint16 [n, L]."""
         return self._gather(rows, self.base.catalog.sids, self.added.sids)
 
+    def ids_at(self, rows: Rows) -> npt.NDArray[np.int64]:
+        """Item ids of rows, int64 [n]."""
+        return self._gather(rows, self.base.catalog.item_ids, self.added.item_ids)
+
     def item_json(self, row: int) -> bytes:
         """Public fields of one item as JSON bytes."""
         catalog, place = self._place(row)
@@ -167,7 +171,7 @@ class Snapshot:
         return rows[:limit], sources[:limit]
 
     def _order(self, rows: Rows, sources: Rows, popularity: Popularity | None) -> Rows:
-        ids = self._gather(rows, self.base.catalog.item_ids, self.added.item_ids)
+        ids = self.ids_at(rows)
         known = self._gather(rows, self.base.catalog.popularity, self.added.popularity)
         return np.lexsort((ids, -(popularity(ids, known) if popularity else known), sources))
 

@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from pathlib import Path
 
 from fastapi import FastAPI
 from starlette.staticfiles import StaticFiles
@@ -14,28 +13,16 @@ from service.deployment import Deployment
 from service.envelope import Envelope
 from service.experiments_file import watch_experiments
 from service.limits import RateLimit
+from service.memory import Memory
 from service.pipeline import Pipeline
 from service.readiness import Readiness
 from service.settings import Settings
-from service.state import StateStore
-from service.state_redis import RedisStore
-from service.state_sqlite import SqliteStore
+from service.store import Store
 from service.telemetry import Metrics
 from service.tracing import Tracer, open_tracer
 
-_SQLITE = "sqlite:"
-_SECONDS_PER_DAY = 86_400
 
-
-def open_store(settings: Settings) -> StateStore:
-    """The state store that the settings name. Raises ConfigError when it cannot be used."""
-    ttl = settings.state_ttl_days * _SECONDS_PER_DAY
-    if settings.state.startswith(_SQLITE):
-        return SqliteStore(Path(settings.state.removeprefix(_SQLITE)), ttl)
-    return RedisStore(settings.state, ttl, settings.state_timeout_ms / 1e3)
-
-
-def create_app(settings: Settings, deployment: Deployment, store: StateStore) -> FastAPI:
+def create_app(settings: Settings, deployment: Deployment, store: Store) -> FastAPI:
     """The service over an opened deployment and store; both belong to the app, which closes them at its end."""
     metrics = Metrics()
     readiness = Readiness(deployment.engines)
@@ -62,25 +49,27 @@ def create_app(settings: Settings, deployment: Deployment, store: StateStore) ->
 def _lifespan(
     settings: Settings,
     deployment: Deployment,
-    store: StateStore,
+    store: Store,
     metrics: Metrics,
     readiness: Readiness,
     tracer: Tracer | None,
 ) -> Callable[[FastAPI], AbstractAsyncContextManager[routes.Parts]]:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[routes.Parts]:
-        checking = asyncio.create_task(readiness.check())
-        watching = asyncio.create_task(watch_experiments(settings.experiments, deployment, metrics))
+        memory = Memory(store, settings, metrics, deployment.rates)
+        watching = watch_experiments(settings.experiments, deployment, metrics)
+        background = [asyncio.create_task(work) for work in (readiness.check(), watching, memory.run())]
         yield {
             "deployment": deployment,
-            "pipeline": Pipeline(deployment, store, settings, metrics),
+            "pipeline": Pipeline(deployment, memory, settings, metrics),
             "readiness": readiness,
             "metrics": metrics,
         }
-        checking.cancel()
-        watching.cancel()
+        for task in background:
+            task.cancel()
         for engine in deployment.engines:
             await engine.runner.close()
+        await memory.close()
         await store.close()
         if tracer:
             await asyncio.to_thread(tracer.close)

@@ -8,6 +8,7 @@ from typing import Any
 from onesearch.bundle import Bundle, open_bundle
 from onesearch.errors import BundleError, ConfigError, FaultsError, OneSearchError
 from onesearch.live import LiveCatalog
+from onesearch.rates import CalibratedRates
 from onesearch.runtime import OnnxDecoder
 from onesearch.search import Searcher, SearchOptions, replay
 from service.inference import EmbeddedRunner, InferenceRunner
@@ -54,8 +55,10 @@ class Traffic:
 class Deployment:
     """The engines, which stay while the service runs, and the traffic, which may be replaced between two requests."""
 
-    def __init__(self, engines: Sequence[Engine], split: Split) -> None:
+    def __init__(self, engines: Sequence[Engine], split: Split, rates: CalibratedRates | None = None) -> None:
+        """rates: what orders the items of one SID in all engines; live events change it."""
         self.engines = tuple(engines)
+        self.rates = rates or CalibratedRates()
         self.traffic = self._traffic(split)
 
     @property
@@ -78,13 +81,14 @@ def open_deployment(paths: Sequence[Path], settings: Settings) -> Deployment:
     faults: list[str] = []
     engines: dict[str, Engine] = {}
     recipes: dict[str, dict[str, Any]] = {}
+    rates = CalibratedRates()
     for path in paths:
         name = path.resolve().name
         try:
             if name in engines:
                 raise ConfigError(f"bundle {path}: its name {name!r} is taken, rename one of the folders")
             bundle = open_bundle(path)
-            engines[name] = open_engine(name, bundle, settings)
+            engines[name] = open_engine(name, bundle, settings, rates)
             recipes[name] = bundle.manifest.recipe
         except FaultsError as error:
             faults += [f"{error.subject}: {fault}" for fault in error.faults]
@@ -93,15 +97,16 @@ def open_deployment(paths: Sequence[Path], settings: Settings) -> Deployment:
     if faults:
         raise BundleError("cannot serve", faults)
     split = read_split(settings.experiments, list(engines)) if settings.experiments else declared_split(recipes)
-    return Deployment(list(engines.values()), split)
+    return Deployment(list(engines.values()), split, rates)
 
 
-def open_engine(name: str, bundle: Bundle, settings: Settings) -> Engine:
+def open_engine(name: str, bundle: Bundle, settings: Settings, rates: CalibratedRates) -> Engine:
     """An engine that searches a bundle in this process. Raises BundleError for a bundle without graphs."""
     if bundle.graphs is None:
         raise BundleError(f"bundle {bundle.path}", [f"has no graphs; run: onesearch-export {bundle.path}"])
     renderer = bundle.renderer
     searcher = Searcher(bundle, OnnxDecoder(bundle.graphs, renderer.sids, renderer.bos, settings.threads))
+    searcher.popularity = rates
     queries = dict.fromkeys(example.context.query for example in bundle.examples)
     return Engine(
         name=name,

@@ -21,6 +21,7 @@ from service.telemetry import Metrics
 from service.tracing import Tracer
 
 MAX_BODY_BYTES = 64 * 1024
+_MORE_BODY_BYTES = {"/v1/events": 2 * 1024 * 1024}  # routes that take many things at once
 _JSON = "application/json"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 _QUIET = {"/healthz", "/readyz", "/metrics"}
@@ -96,9 +97,10 @@ class Envelope:
                 scope["state"]["problem"] = refused.code
                 await refusal(request_id, refused)(scope, receive, send)
                 return
-        body = await _read(headers, receive)
+        limit = _MORE_BODY_BYTES.get(scope["path"], MAX_BODY_BYTES)
+        body = await _read(headers, receive, limit)
         if body is None or (body and not _is_json(headers)):
-            await _unreadable(request_id, body, headers)(scope, receive, send)
+            await _unreadable(request_id, body, headers, limit)(scope, receive, send)
             return
         delivered = False
 
@@ -145,16 +147,16 @@ class Envelope:
             logger.log(level, "request", extra={"fields": fields})
 
 
-async def _read(headers: Headers, receive: Receive) -> bytes | None:
+async def _read(headers: Headers, receive: Receive, limit: int) -> bytes | None:
     """The body, or None when it is declared or turns out to be too large."""
     declared = headers.get("content-length", "0")
-    if declared.isdigit() and int(declared) > MAX_BODY_BYTES:
+    if declared.isdigit() and int(declared) > limit:
         return None
     body = bytearray()
     while True:
         message = await receive()
         body += message.get("body", b"")
-        if len(body) > MAX_BODY_BYTES:
+        if len(body) > limit:
             return None
         if not message.get("more_body", False):
             return bytes(body)
@@ -164,13 +166,13 @@ def _is_json(headers: Headers) -> bool:
     return headers.get("content-type", "").partition(";")[0].strip().lower() == _JSON
 
 
-def _unreadable(request_id: str, body: bytes | None, headers: Headers) -> Response:
+def _unreadable(request_id: str, body: bytes | None, headers: Headers, limit: int) -> Response:
     """The problem of a body that is too large (None) or not declared to be JSON."""
     if body is not None:
         detail = f"Content-Type: {headers.get('content-type', '')!r} is not supported, expected {_JSON}"
         errors = [("Content-Type", f"expected {_JSON}")]
         return problem(request_id, 415, detail, code="unsupported-media-type", errors=errors)
-    fault = f"is larger than {MAX_BODY_BYTES} bytes"
+    fault = f"is larger than {limit} bytes"
     close = {"Connection": "close"}  # the rest of the body is never read
     return problem(
         request_id, 413, f"the body {fault}", code="body-too-large", errors=[("body", fault)], headers=close

@@ -1,32 +1,30 @@
 """What happens between HTTP and the parts behind it: state, variant, context, inference, answer."""
 
-import asyncio
+import hashlib
 import time
-from collections.abc import Awaitable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import orjson
 
-from onesearch.context import SearchContext, assemble
+from onesearch.context import SearchContext, profile_text
 from onesearch.errors import InputError
 from onesearch.search import SearchOptions, SearchResult
 from service.admission import NARROW_BEAM, Admission
 from service.deployment import Deployment, Variant
+from service.events import Exposure
+from service.memory import Memory
 from service.problems import HeaderError, NotFound
-from service.schemas import EventRequest, SearchRequest
+from service.schemas import EventRequest, ProfileRequest, SearchRequest
 from service.settings import Settings
-from service.state import EVENT_HISTORIES, StateStore, StateUnavailable, UserState
 from service.telemetry import Metrics
-
-T = TypeVar("T")
 
 VARIANT_HEADER = "X-OneSearch-Variant"
 DEADLINE_HEADER = "X-OneSearch-Deadline-Ms"
 MAX_DEADLINE_MS = 60_000
 BUCKET_HEADER = "X-OneSearch-Bucket-Key"
 MAX_BUCKET_KEY = 256
-UNKNOWN_USER, STATE_UNAVAILABLE = "unknown_user", "state_unavailable"
 
 
 @dataclass(frozen=True)
@@ -41,6 +39,10 @@ class Caller:
     bucket_key: str | None = None
     deadline: float | None = None
 
+    def split_key(self, user: str | None) -> str:
+        """What the split goes by."""
+        return self.bucket_key or user or self.request_id
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -52,12 +54,11 @@ class Answer:
 
 
 class Pipeline:
-    """Answers searches and records events. State that fails or is slow costs its history, never the search."""
+    """Answers searches and records events."""
 
-    def __init__(self, deployment: Deployment, store: StateStore, settings: Settings, metrics: Metrics) -> None:
+    def __init__(self, deployment: Deployment, memory: Memory, settings: Settings, metrics: Metrics) -> None:
         self._deployment = deployment
-        self._store = store
-        self._timeout = settings.state_timeout_ms / 1e3
+        self._memory = memory
         self._deadline = settings.deadline_ms / 1e3
         self._admission = Admission(settings.concurrency, settings.queue_limit, metrics.load)
         self._metrics = metrics
@@ -75,7 +76,7 @@ class Pipeline:
             return traffic.variants[caller.forced_variant], {}
         if caller.bucket_key is not None and len(caller.bucket_key) > MAX_BUCKET_KEY:
             raise HeaderError(BUCKET_HEADER, f"is longer than {MAX_BUCKET_KEY} characters")
-        assigned = traffic.split.assign(caller.bucket_key or user or caller.request_id)
+        assigned = traffic.split.assign(caller.split_key(user))
         return traffic.variants[assigned.variant], assigned.arms
 
     async def search(self, request: SearchRequest, caller: Caller) -> Answer:
@@ -83,9 +84,10 @@ class Pipeline:
         started = time.perf_counter()
         variant, arms = self.choose(caller, request.user_id)
         deadline = time.monotonic() + self._deadline if caller.deadline is None else caller.deadline
-        history, degraded = await self._history(request)
+        recalled = await self._memory.recall(request.user_id, request.query, variant.options.keywords)
+        degraded: list[str] = [*recalled.degraded]
         spent = {"state": _ms_since(started)}
-        context = context_of(request.query, history)
+        context = replace(recalled.state.context(request.query), keywords=recalled.keywords or ())
         filters = None if request.filters is None else request.filters.to_filters()
         options = variant.search_options(request.limit, filters=filters, deadline=deadline)
         asked = time.perf_counter()
@@ -94,7 +96,9 @@ class Pipeline:
             if width < options.width:
                 degraded.append(NARROW_BEAM)
             options = replace(options, width=width)
-            result = await variant.engine.runner.search(context, options)
+            # Known keywords are in the context; else the dictionary of the bundle is asked.
+            asks = options.keywords and recalled.keywords is None
+            result = await variant.engine.runner.search(context, replace(options, keywords=asks))
         spent |= result.timings_ms | {"total": _ms_since(started)}
         body = {
             "request_id": caller.request_id,
@@ -108,18 +112,31 @@ class Pipeline:
             "timings_ms": spent,
         }
         if request.explain:
-            body["explain"] = _explain(context, options, result) | {"experiments": arms}
+            told = {"keyword_source": recalled.source, "experiments": arms}
+            body["explain"] = _explain(context, options, result) | told
         self._metrics.search(variant.name, options.width, spent, degraded)
+        key = caller.split_key(request.user_id)
+        self._memory.expose(exposure_of(body, result, arms, key, request.user_id))
         return Answer(orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY), variant.name, spent)
 
-    async def record(self, event: EventRequest) -> None:
-        """Accept one event. Raises InputError for an item of no catalog and StateUnavailable."""
-        if all(engine.live.snapshot.row_of(event.item_id) is None for engine in self._deployment.engines):
-            raise InputError("item_id", f"{event.item_id} is not in the catalog")
-        histories = EVENT_HISTORIES[event.type]
-        if histories:
-            await self._in_time(self._store.append(event.user_id, event.item_id, histories, time.time()))
-        self._metrics.event(event.type)
+    async def record(self, received: Sequence[EventRequest]) -> int:
+        """Accept events; returns how many were new. Raises InputError for an item of no catalog, StateUnavailable."""
+        for place, event in enumerate(received):
+            if all(engine.live.snapshot.row_of(event.item_id) is None for engine in self._deployment.engines):
+                field = "item_id" if len(received) == 1 else f"events.{place}.item_id"
+                raise InputError(field, f"{event.item_id} is not in the catalog")
+        now = time.time()
+        new = await self._memory.record([event.to_event(now) for event in received])
+        self._metrics.events((event.type for event in received), len(received) - new)
+        return new
+
+    async def set_profile(self, user: str, profile: ProfileRequest) -> None:
+        """Remember what is known of a user. Raises StateUnavailable."""
+        await self._memory.set_profile(user, profile_text(profile.gender, profile.age_bucket))
+
+    async def forget(self, user: str) -> None:
+        """Drop what is remembered of a user. Raises StateUnavailable."""
+        await self._memory.forget(user)
 
     def item(self, item_id: int) -> bytes:
         """The JSON of one item with its SID, from the first bundle that has it. Raises NotFound."""
@@ -130,31 +147,21 @@ class Pipeline:
                 return spliced({"sid": snapshot.sids_at(rows)[0].tolist()}, snapshot.item_json(int(rows[0])))
         raise NotFound(f"item {item_id} is not in the catalog")
 
-    async def _history(self, request: SearchRequest) -> tuple[UserState, list[str]]:
-        """What is known of the user, and what the search has to do without. Records the query."""
-        if request.user_id is None:
-            return UserState(), []
-        try:
-            state = await self._in_time(self._store.visit(request.user_id, request.query, time.time()))
-        except StateUnavailable:
-            return UserState(), [STATE_UNAVAILABLE]
-        return state, [] if state.known else [UNKNOWN_USER]
 
-    async def _in_time(self, work: Awaitable[T]) -> T:
-        try:
-            async with asyncio.timeout(self._timeout):
-                return await work
-        except TimeoutError as error:
-            raise StateUnavailable(f"state: took longer than {self._timeout} s") from error
-
-
-def context_of(query: str, history: UserState) -> SearchContext:
-    """The context of a search by the shared rule."""
-    return assemble(
-        query,
-        [entry.value for entry in history.queries],
-        [int(entry.value) for entry in history.clicks],
-        [int(entry.value) for entry in history.long],
+def exposure_of(
+    answer: Mapping[str, Any], result: SearchResult, arms: Mapping[str, str], key: str, user: str | None
+) -> Exposure:
+    """The log entry of an answered search; key: what the split went by."""
+    return Exposure(
+        request_id=answer["request_id"],
+        variant=answer["variant"],
+        arms=dict(arms),
+        bucket=hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()[:16],
+        user_id=user,
+        query=answer["query"],
+        at=time.time(),
+        items=tuple(result.catalog.ids_at(result.rows).tolist()),
+        latency_ms=answer["timings_ms"]["total"],
     )
 
 

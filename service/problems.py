@@ -13,10 +13,12 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from onesearch.errors import DeadlineError, InputError, OneSearchError
+from service.schemas import BATCH_FORM, LIST_FORM, SINGLE_FORM
 
 MEDIA_TYPE = "application/problem+json"
 # Where FastAPI says a field was found; of no use to the caller.
 _PLACES = {"body", "query", "path", "header"}
+_FORMS = {SINGLE_FORM, BATCH_FORM, LIST_FORM}
 _STATUS_HEADERS = {503: {"Retry-After": "1"}}
 
 
@@ -121,6 +123,7 @@ def _id(request: Request) -> str:
 
 def _path(location: tuple[int | str, ...]) -> str:
     kept = location[1:] if location and location[0] in _PLACES else location
+    kept = tuple(part for part in kept if part not in _FORMS)
     return ".".join(str(part) for part in kept) or "body"
 
 

@@ -16,12 +16,16 @@ from service.schemas import (
     CatalogInfo,
     CatalogItem,
     EventAnswer,
+    EventBatch,
     EventRequest,
+    EventsBody,
     ExperimentInfo,
     Problem,
+    ProfileRequest,
     SearchAnswer,
     SearchParameters,
     SearchRequest,
+    UserId,
     VariantInfo,
     VariantList,
 )
@@ -116,15 +120,45 @@ async def search_by_url(request: Request, given: Annotated[SearchParameters, Que
 @router.post(
     "/v1/events",
     tags=["events"],
-    summary="Record an event",
+    summary="Record events",
     status_code=202,
     responses=_answers(EventAnswer, 400, 413, 415, 422, 429, 503, status=202),
 )
-async def record(request: Request, body: EventRequest) -> Response:
-    """An impression, click, cart or order. Clicks and orders enter the user's history."""
-    await _pipeline(request).record(body)
-    answer = {"request_id": request.state.request_id, "accepted": 1}
+async def record(request: Request, body: EventsBody) -> Response:
+    """One event, a list of events, or `{"events": [...]}`, at most 1,000. Clicks and orders enter the user's history.
+
+    After a 503 or a lost answer send the same events again: those with an `event_id` count once.
+    """
+    events = [body] if isinstance(body, EventRequest) else body.events if isinstance(body, EventBatch) else body
+    new = await _pipeline(request).record(events)
+    answer = {"request_id": request.state.request_id, "accepted": len(events), "repeated": len(events) - new}
     return Response(orjson.dumps(answer), status_code=202, media_type=_JSON)
+
+
+@router.put(
+    "/v1/users/{user_id}",
+    tags=["events"],
+    summary="Set a user's profile",
+    status_code=204,
+    responses=_problems(400, 413, 415, 422, 503),
+)
+async def set_profile(request: Request, user_id: UserId, body: ProfileRequest) -> Response:
+    """The profile that personalises this user's searches, in the place of the former one."""
+    await _pipeline(request).set_profile(user_id, body)
+    return Response(status_code=204)
+
+
+@router.delete(
+    "/v1/users/{user_id}",
+    tags=["events"],
+    summary="Forget a user",
+    status_code=204,
+    responses=_problems(422, 503),
+)
+async def forget(request: Request, user_id: UserId) -> Response:
+    """Drop the user's profile and histories; log entries go when their retention ends."""
+    await _pipeline(request).forget(user_id)
+    return Response(status_code=204)
 
 
 @router.get("/v1/items/{item_id}", tags=["catalog"], summary="Item", responses=_answers(CatalogItem, 404, 422))

@@ -1,24 +1,30 @@
 """Request and response bodies of the HTTP API, and what they accept. Unknown fields are errors everywhere."""
 
 import unicodedata
-from typing import Annotated, Literal
+import uuid
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     StringConstraints,
+    Tag,
     ValidationInfo,
 )
 
 from onesearch.catalog import Filters
+from onesearch.context import AgeBucket, Gender
 from onesearch.text import MAX_QUERY_CHARS, normalise
-from service.state import EventType
+from service.events import Event, EventType
+from service.state import Loss
 
 MAX_LIMIT = 200
 MAX_EXCLUDED = 1000
+MAX_EVENTS = 1000
 
 
 def _plain(text: str) -> str:
@@ -55,6 +61,7 @@ UserId = Annotated[
     BeforeValidator(_user_key, json_schema_input_type=str | int),
 ]
 RequestId = Annotated[str, StringConstraints(strict=True, max_length=64), AfterValidator(_plain)]
+EventId = Annotated[str, StringConstraints(strict=True, min_length=1, max_length=64), AfterValidator(_plain)]
 ItemId = Annotated[int, Field(strict=True, ge=0, le=2**63 - 1)]
 Price = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 StrictPrice = Annotated[Price, Field(strict=True)]
@@ -117,17 +124,64 @@ class SearchParameters(_Body):
 
 
 class EventRequest(_Body):
-    """Body of `POST /v1/events`: something a user did with an item. request_id and query say where it was seen."""
+    """Something a user did with an item; an event sent again under the same event_id counts once.
+
+    request_id, query and variant say where the item was seen; price is that of one piece.
+    """
 
     model_config = ConfigDict(
-        json_schema_extra={"examples": [{"type": "click", "item_id": 17, "user_id": "u-42", "request_id": "r-1"}]}
+        json_schema_extra={
+            "examples": [
+                {"type": "click", "item_id": 17, "user_id": "u-42", "event_id": "e-7", "request_id": "r-1"}
+            ]
+        }
     )
 
     type: EventType
     item_id: ItemId
     user_id: UserId
+    event_id: EventId | None = None
     request_id: RequestId | None = None
     query: Query | None = None
+    variant: Annotated[str, StringConstraints(strict=True, max_length=64), AfterValidator(_readable)] | None = None
+    price: StrictPrice | None = None
+    quantity: Annotated[int, Field(strict=True, ge=1, le=1_000_000)] = 1
+
+    def to_event(self, now: float) -> Event:
+        """The event as received at a time, with an id of its own if it came without."""
+        return Event(**self.model_dump(exclude={"event_id"}), at=now, event_id=self.event_id or uuid.uuid4().hex)
+
+
+EventList = Annotated[list[EventRequest], Field(min_length=1, max_length=MAX_EVENTS)]
+
+
+class EventBatch(_Body):
+    """Several events; one that is wrong refuses them all."""
+
+    events: EventList
+
+
+def _event_form(body: Any) -> str:
+    if isinstance(body, list):
+        return LIST_FORM
+    return BATCH_FORM if isinstance(body, dict) and "events" in body else SINGLE_FORM
+
+
+# The forms that the body of `POST /v1/events` may have. Their names are no part of a field's path.
+SINGLE_FORM, BATCH_FORM, LIST_FORM = "(event)", "(batch)", "(list)"
+EventsBody = Annotated[
+    Annotated[EventRequest, Tag(SINGLE_FORM)]
+    | Annotated[EventBatch, Tag(BATCH_FORM)]
+    | Annotated[EventList, Tag(LIST_FORM)],
+    Discriminator(_event_form),
+]
+
+
+class ProfileRequest(_Body):
+    """Body of `PUT /v1/users/{user_id}`: what prompts may say of a user, in the words of the training tables."""
+
+    gender: Gender | None = None
+    age_bucket: AgeBucket | None = None
 
 
 class CatalogItem(BaseModel):
@@ -163,16 +217,17 @@ class SearchAnswer(BaseModel):
     catalog_version: str
     keywords: list[str]
     items: list[FoundItem]
-    degraded: list[Literal["unknown_user", "state_unavailable", "narrow_beam"]]
+    degraded: list[Loss | Literal["narrow_beam"]]
     timings_ms: dict[str, float]
     explain: dict[str, object] | None = None
 
 
 class EventAnswer(BaseModel):
-    """Answer of `POST /v1/events`."""
+    """Answer of `POST /v1/events`: accepted events are in the log; `repeated` of them were there already."""
 
     request_id: str
     accepted: int
+    repeated: int
 
 
 class VariantInfo(BaseModel):

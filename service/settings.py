@@ -35,6 +35,13 @@ class Settings(BaseSettings):
     )
     state_timeout_ms: int = Field(default=50, ge=1, le=60_000, description="longest wait for user state")
     state_ttl_days: float = Field(default=90.0, gt=0, description="history older than this is forgotten")
+    log_retention_days: float = Field(
+        default=30.0, gt=0, description="how long events and exposures stay in the log, and event ids known"
+    )
+    rates_refresh_seconds: float = Field(
+        default=5.0, gt=0, description="how often counters of events reach the order of items in a SID"
+    )
+    keyword_cache_size: int = Field(default=50_000, ge=1, description="keyword entries kept in this process")
     workers: int = Field(default=1, ge=1, le=64, description="processes that serve the port together")
     concurrency: int = Field(default=2, ge=1, le=256, description="searches that run at the same time, per worker")
     queue_limit: int = Field(default=64, ge=0, le=100_000, description="searches that may wait, per worker")

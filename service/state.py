@@ -1,27 +1,25 @@
-"""What the service remembers of users: their recent queries, recent clicks and long history, each with a time.
+"""What the service remembers of users: profile, recent queries, recent clicks and long history, with their times.
 
 `StateStore` is the seam. Lists are bounded and run oldest to newest; entries older than the time to live are
 forgotten. The embedded store keeps them in one SQLite file, the shared store in Redis; both give the same
-answers.
+answers. Items enter the histories through `events`, in the same act that logs the event.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
+from onesearch.context import KEPT_CLICKS, KEPT_LONG, KEPT_QUERIES, SearchContext, assemble
 from onesearch.errors import OneSearchError
+from service.keywords import Entry
 
 History = Literal["queries", "clicks", "long"]
-# Queries and clicks hold more than a prompt shows (the renderer truncates); long holds what its vectors use.
-LIMITS: dict[History, int] = {"queries": 20, "clicks": 50, "long": 100}
-EventType = Literal["impression", "click", "cart", "order"]
-# The histories an item event is appended to: clicks are recent behaviour, clicks and orders the long history.
-EVENT_HISTORIES: dict[EventType, tuple[History, ...]] = {
-    "impression": (),
-    "click": ("clicks", "long"),
-    "cart": (),
-    "order": ("long",),
-}
+LIMITS: dict[History, int] = {"queries": KEPT_QUERIES, "clicks": KEPT_CLICKS, "long": KEPT_LONG}
+
+Loss = Literal["unknown_user", "state_unavailable"]
+"""What a search of a user may have to do without: the user is new, or the store is away"""
+UNKNOWN_USER: Loss = "unknown_user"
+STATE_UNAVAILABLE: Loss = "state_unavailable"
 
 
 class StateUnavailable(OneSearchError):
@@ -40,16 +38,39 @@ class Stamped(NamedTuple):
 
 @dataclass(frozen=True)
 class UserState:
-    """The histories of one user, oldest first; item histories hold item ids in decimal."""
+    """The histories of one user, oldest first; item histories hold item ids in decimal. profile as prompts show it."""
 
     queries: tuple[Stamped, ...] = ()
     clicks: tuple[Stamped, ...] = ()
     long: tuple[Stamped, ...] = ()
+    profile: str = ""
 
     @property
     def known(self) -> bool:
         """Whether anything is remembered of this user."""
-        return bool(self.queries or self.clicks or self.long)
+        return bool(self.queries or self.clicks or self.long or self.profile)
+
+    def until(self, at: float) -> "UserState":
+        """What was remembered at a time: entries of that moment and before."""
+        cut = {name: tuple(e for e in getattr(self, name) if e.at <= at) for name in LIMITS}
+        return UserState(**cut, profile=self.profile)
+
+    def context(self, query: str) -> SearchContext:
+        """The context of a search by the shared rule."""
+        return assemble(
+            query,
+            [entry.value for entry in self.queries],
+            [int(entry.value) for entry in self.clicks],
+            [int(entry.value) for entry in self.long],
+            self.profile,
+        )
+
+
+class Visit(NamedTuple):
+    """What a search needs of the store: the user's state before it, and the keyword entries it asked for."""
+
+    state: UserState
+    keywords: dict[str, Entry]
 
 
 class StateStore(Protocol):
@@ -59,14 +80,17 @@ class StateStore(Protocol):
         """What is remembered of a user."""
         ...
 
-    async def visit(self, user: str, query: str, now: float) -> UserState:
-        """`read`, then append a query, in one round trip; the answer does not hold this query."""
+    async def visit(self, user: str | None, query: str, keys: Sequence[str], now: float) -> Visit:
+        """`read`, look up keyword keys, then append the query, all in one round trip.
+
+        The state does not hold this query. Without a user nothing is read or appended but the keyword entries.
+        """
         ...
 
-    async def append(self, user: str, item_id: int, histories: Iterable[History], now: float) -> None:
-        """Append an item to some histories of a user, all or none."""
+    async def set_profile(self, user: str, profile: str, now: float) -> None:
+        """Remember a profile in the place of the former one; an empty one forgets it."""
         ...
 
-    async def close(self) -> None:
-        """Release the store; it is not used afterwards."""
+    async def forget(self, user: str) -> None:
+        """Drop the profile and the histories of a user."""
         ...

@@ -1,16 +1,11 @@
-"""The embedded state store: one SQLite file, one connection on a thread of its own, so the loop never waits."""
+"""User state in the SQLite file."""
 
-import asyncio
 import sqlite3
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import TypeVar
+from collections.abc import Sequence
 
-from onesearch.errors import ConfigError
-from service.state import LIMITS, History, Stamped, StateUnavailable, UserState
-
-T = TypeVar("T")
+from service import keywords_sqlite
+from service.sqlite_file import SqliteFile
+from service.state import LIMITS, History, Stamped, UserState, Visit
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS history (
@@ -18,8 +13,12 @@ CREATE TABLE IF NOT EXISTS history (
 );
 CREATE INDEX IF NOT EXISTS history_of_user ON history (user, list, id);
 CREATE INDEX IF NOT EXISTS history_by_age ON history (at);
+CREATE TABLE IF NOT EXISTS profile (user TEXT PRIMARY KEY, at REAL NOT NULL, value TEXT NOT NULL) WITHOUT ROWID;
 """
-_READ = "SELECT list, at, value FROM history WHERE user = ? AND at > ? ORDER BY id"
+_READ = """
+SELECT 'profile', at, value FROM profile WHERE user = ?1 AND at > ?2
+UNION ALL SELECT * FROM (SELECT list, at, value FROM history WHERE user = ?1 AND at > ?2 ORDER BY id)
+"""
 _APPEND = "INSERT INTO history (user, list, at, value) VALUES (?, ?, ?, ?)"
 _TRIM = """
 DELETE FROM history WHERE user = ? AND list = ? AND id <= (
@@ -29,61 +28,56 @@ DELETE FROM history WHERE user = ? AND list = ? AND id <= (
 _FORGET = "DELETE FROM history WHERE id IN (SELECT id FROM history WHERE at <= ? LIMIT 100)"
 
 
-class SqliteStore:
-    """A `StateStore` in one file; several processes may share it (write-ahead log)."""
+class SqliteUsers:
+    """A `StateStore` in a file."""
 
-    def __init__(self, path: Path, ttl_seconds: float) -> None:
-        """Open or create the file. Raises ConfigError when it is not usable."""
+    def __init__(self, file: SqliteFile, ttl_seconds: float) -> None:
+        self._file = file
         self._ttl = ttl_seconds
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="state")
-        try:
-            self._db = self._thread.submit(_connect, path).result()
-        except sqlite3.Error as error:
-            self._thread.shutdown()
-            raise ConfigError(f"state file {path}: cannot be used ({error})") from error
+        file.create(_SCHEMA)
 
     async def read(self, user: str, now: float) -> UserState:
-        return await self._run(lambda: self._read(user, now))
+        return await self._file.run(lambda db: self._read(db, user, now))
 
-    async def visit(self, user: str, query: str, now: float) -> UserState:
-        def work() -> UserState:
-            before = self._read(user, now)
-            self._append(user, query, ("queries",), now)
-            return before
+    async def visit(self, user: str | None, query: str, keys: Sequence[str], now: float) -> Visit:
+        def work(db: sqlite3.Connection) -> Visit:
+            entries = keywords_sqlite.lookup(db, keys, now)
+            if user is None:
+                return Visit(UserState(), entries)
+            before = self._read(db, user, now)
+            append(db, [(user, "queries", now, query)], self._ttl)
+            return Visit(before, entries)
 
-        return await self._run(work)
+        return await self._file.run(work)
 
-    async def append(self, user: str, item_id: int, histories: Iterable[History], now: float) -> None:
-        await self._run(lambda: self._append(user, str(item_id), histories, now))
+    async def set_profile(self, user: str, profile: str, now: float) -> None:
+        def work(db: sqlite3.Connection) -> None:
+            db.execute("DELETE FROM profile WHERE user = ? OR at <= ?", (user, now - self._ttl))
+            if profile:
+                db.execute("INSERT INTO profile (user, at, value) VALUES (?, ?, ?)", (user, now, profile))
 
-    async def close(self) -> None:
-        await asyncio.get_running_loop().run_in_executor(self._thread, self._db.close)
-        self._thread.shutdown()
+        await self._file.run(work)
 
-    async def _run(self, work: Callable[[], T]) -> T:
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, work)
-        except sqlite3.Error as error:
-            raise StateUnavailable(f"state file: {error}") from error
+    async def forget(self, user: str) -> None:
+        def work(db: sqlite3.Connection) -> None:
+            db.execute("DELETE FROM profile WHERE user = ?", (user,))
+            db.execute("DELETE FROM history WHERE user = ?", (user,))
 
-    def _read(self, user: str, now: float) -> UserState:
-        found: dict[str, list[Stamped]] = {name: [] for name in LIMITS}
-        for name, at, value in self._db.execute(_READ, (user, now - self._ttl)):
+        await self._file.run(work)
+
+    def _read(self, db: sqlite3.Connection, user: str, now: float) -> UserState:
+        found: dict[str, list[Stamped]] = {"profile": [], **{name: [] for name in LIMITS}}
+        for name, at, value in db.execute(_READ, (user, now - self._ttl)):
             found[name].append(Stamped(at, value))
-        return UserState(**{name: tuple(entries) for name, entries in found.items()})
-
-    def _append(self, user: str, value: str, histories: Iterable[History], now: float) -> None:
-        with self._db:
-            for name in histories:
-                self._db.execute(_APPEND, (user, name, now, value))
-                self._db.execute(_TRIM, (user, name, user, name, LIMITS[name]))
-            self._db.execute(_FORGET, (now - self._ttl,))
+        profile = found.pop("profile")
+        histories = {name: tuple(entries) for name, entries in found.items()}
+        return UserState(**histories, profile=profile[0].value if profile else "")
 
 
-def _connect(path: Path) -> sqlite3.Connection:
-    # The connection is made and used on the store's thread only.
-    db = sqlite3.connect(path, timeout=1.0)
-    db.execute("PRAGMA journal_mode = WAL")
-    db.execute("PRAGMA synchronous = NORMAL")
-    db.executescript(_SCHEMA)
-    return db
+def append(db: sqlite3.Connection, rows: Sequence[tuple[str, History, float, str]], ttl: float) -> None:
+    """Append rows of user, history, time and value inside a transaction, and keep the histories short."""
+    db.executemany(_APPEND, rows)
+    for user, name in {(user, name) for user, name, *_ in rows}:
+        db.execute(_TRIM, (user, name, user, name, LIMITS[name]))
+    if rows:
+        db.execute(_FORGET, (rows[-1][2] - ttl,))

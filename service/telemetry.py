@@ -3,7 +3,7 @@
 import logging
 import os
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any, Literal
 
@@ -37,11 +37,19 @@ class Metrics:
         self._problems = Counter("problems", "Requests answered with a problem.", ["code"], **shared)
         self._events = Counter("events", "Events accepted.", ["type"], **shared)
         self._reloads = Counter("experiments_reloads", "Changes of the experiments file.", ["outcome"], **shared)
+        self._repeated = Counter("events_repeated", "Events that were in the log already.", **shared)
+        self._dropped = Counter("outbox_dropped", "Deferred writes given up.", ["kind"], **shared)
+        self._keywords = Counter("keyword_lookups", "Keyword lookups by what was found.", ["result"], **shared)
         versions = ["variant", "model", "catalog"]
         self._served = Gauge("variant_info", "Variants served.", versions, multiprocess_mode="livemax", **shared)
         live: dict[str, Any] = {**shared, "multiprocess_mode": "livesum"}
         self._waiting = Gauge("searches_waiting", "Searches in the queue.", **live)
         self._running = Gauge("searches_running", "Searches that run.", **live)
+        self._breaker = Gauge("store_breaker", "Processes whose breaker is in a state.", ["state"], **live)
+        latest: dict[str, Any] = {**shared, "multiprocess_mode": "livemostrecent"}
+        self._queue = Gauge("keyword_jobs", "Keyword jobs in the store.", ["state"], **latest)
+        self._lag = Gauge("keyword_lag_seconds", "Age of the oldest waiting keyword job.", **latest)
+        self.breaker("closed")
         Gauge("workers", "Processes that serve.", **live).set(1)
         Gauge("build_info", "Version of the service.", ["version"], **live).labels(__version__).set(1)
 
@@ -67,9 +75,30 @@ class Metrics:
         self._waiting.set(waiting)
         self._running.set(running)
 
-    def event(self, kind: str) -> None:
-        """Count one accepted event."""
-        self._events.labels(kind).inc()
+    def events(self, kinds: Iterable[str], repeated: int) -> None:
+        """Count accepted events by type, and how many of them were known already."""
+        for kind in kinds:
+            self._events.labels(kind).inc()
+        self._repeated.inc(repeated)
+
+    def dropped(self, kind: str) -> None:
+        """Count one deferred write that was given up while the store was away."""
+        self._dropped.labels(kind).inc()
+
+    def breaker(self, state: str) -> None:
+        """Tell the state of the store's circuit breaker."""
+        for name in ("closed", "half_open", "open"):
+            self._breaker.labels(name).set(name == state)
+
+    def keywords(self, result: str) -> None:
+        """Count one keyword lookup: found for the user, for the query, or missing."""
+        self._keywords.labels(result).inc()
+
+    def queue(self, waiting: int, dead: int, lag_seconds: float) -> None:
+        """Tell the state of the keyword queue."""
+        self._queue.labels("waiting").set(waiting)
+        self._queue.labels("dead").set(dead)
+        self._lag.set(lag_seconds)
 
     def experiments_reload(self, outcome: Literal["adopted", "refused"]) -> None:
         """Count a change of the experiments file."""

@@ -24,10 +24,11 @@ from fastapi import FastAPI
 from prometheus_client.multiprocess import mark_process_dead
 
 from onesearch.errors import OneSearchError
-from service.app import create_app, open_store
+from service.app import create_app
 from service.deployment import open_deployment
 from service.readiness import Readiness
 from service.settings import Settings
+from service.store import open_store
 from service.telemetry import SHARED_FOLDER, log_config
 
 REFUSED = 2

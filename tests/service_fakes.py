@@ -1,8 +1,8 @@
 """A service without a model: a real tiny catalog, a runner that ranks by shared words, stores that fail."""
 
 import asyncio
-from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -12,7 +12,8 @@ from onesearch.live import LiveCatalog
 from onesearch.search import SearchOptions, SearchResult
 from service.deployment import Deployment, Engine
 from service.settings import Settings
-from service.state import History, StateUnavailable, UserState
+from service.state import StateUnavailable
+from service.store import Store
 from service.variants import VariantOptions, WeightedSplit
 from trie import SidTrie
 
@@ -72,24 +73,21 @@ class FakeRunner:
         self.closed = True
 
 
-class BrokenStore:
-    """A state store that is down, or hangs."""
+def broken_store(delay: float = 0.0) -> Store:
+    """A store that is down, or hangs."""
 
-    def __init__(self, delay: float = 0.0) -> None:
-        self.delay = delay
+    class Broken:
+        def __getattr__(self, name: str) -> Any:
+            return fail
 
-    async def read(self, user: str, now: float) -> UserState:
-        await asyncio.sleep(self.delay)
+    async def fail(*arguments: Any) -> None:
+        await asyncio.sleep(delay)
         raise StateUnavailable("down")
 
-    async def visit(self, user: str, query: str, now: float) -> UserState:
-        return await self.read(user, now)
-
-    async def append(self, user: str, item_id: int, histories: Iterable[History], now: float) -> None:
-        await self.read(user, now)
-
-    async def close(self) -> None:
+    async def close() -> None:
         pass
+
+    return Store(Broken(), Broken(), Broken(), ping=fail, close=close)
 
 
 def fake_engine(folder: Path, faults: tuple[str, ...] = ()) -> Engine:

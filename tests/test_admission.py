@@ -15,9 +15,10 @@ from onesearch.context import SearchContext
 from onesearch.errors import ConfigError, DeadlineError
 from onesearch.search import SearchOptions, SearchResult
 from service.admission import Admission, Overloaded, ladder
-from service.app import create_app, open_store
+from service.app import create_app
 from service.limits import RateLimit, TooManyRequests
 from service.problems import MEDIA_TYPE
+from service.store import open_store
 
 pytestmark = pytest.mark.anyio
 
@@ -149,7 +150,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
     def start(**settings: Any) -> TestClient:
         chosen = fake_settings(tmp_path).model_copy(update=settings)
         engine = fake_engine(tmp_path)
-        object.__setattr__(engine, "runner", SlowRunner(engine.catalog))
+        object.__setattr__(engine, "runner", SlowRunner(engine.live))
         app = create_app(chosen, fake_deployment(engine), open_store(chosen))
         client = TestClient(app, raise_server_exceptions=False)
         opened.append(client.__enter__())

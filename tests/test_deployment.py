@@ -18,9 +18,10 @@ from tiny_bundle import write_tiny_bundle
 from typer.testing import CliRunner
 
 from model_export.cli import export_onnx
-from service.app import create_app, open_store
+from service.app import create_app
 from service.cli import REFUSED, serve
 from service.deployment import open_deployment
+from service.store import open_store
 
 
 @pytest.fixture(scope="module")

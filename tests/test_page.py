@@ -12,7 +12,8 @@ import uvicorn
 from playwright.sync_api import Browser, Page, ViewportSize, expect, sync_playwright
 from service_fakes import FIRST_ID, FakeRunner, fake_deployment, fake_engine, fake_settings
 
-from service.app import create_app, open_store
+from service.app import create_app
+from service.store import open_store
 
 pytestmark = pytest.mark.browser
 

@@ -2,17 +2,19 @@
 
 import json
 import logging
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from service_fakes import FIRST_ID, BrokenStore, FakeRunner, fake_deployment, fake_engine, fake_settings
+from service_fakes import FIRST_ID, FakeRunner, broken_store, fake_deployment, fake_engine, fake_settings
 from starlette.testclient import TestClient
 
-from service.app import create_app, open_store
+from service.app import create_app
 from service.envelope import MAX_BODY_BYTES
 from service.problems import MEDIA_TYPE
+from service.store import open_store
 from service.telemetry import JsonFormatter
 
 
@@ -179,7 +181,7 @@ def test_a_number_and_its_text_are_the_same_user(running: Running) -> None:
 @pytest.mark.parametrize("delay", [0.0, 30.0])
 def test_without_state_a_search_is_served_and_an_event_is_refused(tmp_path: Path, delay: float) -> None:
     settings = fake_settings(tmp_path).model_copy(update={"state_timeout_ms": 20})
-    app = create_app(settings, fake_deployment(fake_engine(tmp_path)), BrokenStore(delay))
+    app = create_app(settings, fake_deployment(fake_engine(tmp_path)), broken_store(delay))
     with TestClient(app) as client:
         answer = client.post("/v1/search", json={"query": "shoes", "user_id": "ann"})
         assert answer.status_code == 200
@@ -290,7 +292,10 @@ def test_a_bad_query_string_is_refused_by_the_name_of_its_field(
         ({"item_id": 1}, "item_id"),
         ({"item_id": "100"}, "item_id"),
         ({"user_id": None}, "user_id"),
-        ({"price": 3}, "price"),
+        ({"price": -1}, "price"),
+        ({"quantity": 0}, "quantity"),
+        ({"event_id": ""}, "event_id"),
+        ({"colour": 3}, "colour"),
     ],
 )
 def test_a_bad_event_is_refused_by_the_name_of_its_field(
@@ -299,6 +304,60 @@ def test_a_bad_event_is_refused_by_the_name_of_its_field(
     body = {"type": "click", "item_id": FIRST_ID, "user_id": "ann"}
     assert refusing.client.post("/v1/events", json=body).status_code == 202
     assert_problem(refusing.client.post("/v1/events", json=body | change), 422, field)
+
+
+def test_events_come_alone_or_in_batches_and_count_once(running: Running) -> None:
+    events = [{"type": "click", "item_id": FIRST_ID, "user_id": "ann", "event_id": f"e{i}"} for i in range(1000)]
+    post = running.client.post
+    for body, accepted, repeated in ((events, 1000, 0), ({"events": events[:3]}, 3, 3), (events[0], 1, 1)):
+        answer = post("/v1/events", json=body)
+        assert answer.status_code == 202, answer.text
+        assert (answer.json()["accepted"], answer.json()["repeated"]) == (accepted, repeated)
+    text = running.client.get("/metrics").text
+    assert 'onesearch_events_total{type="click"} 1004.0' in text
+    assert "onesearch_events_repeated_total 4.0" in text
+
+
+def test_a_bad_batch_is_refused_whole_and_names_the_event(refusing: Running) -> None:
+    good = {"type": "click", "item_id": FIRST_ID, "user_id": "ann"}
+    post = refusing.client.post
+    assert_problem(post("/v1/events", json=[good, good | {"type": "view"}]), 422, "1.type")
+    assert_problem(post("/v1/events", json={"events": [good, good | {"item_id": 1}]}), 422, "events.1.item_id")
+    assert_problem(post("/v1/events", json={"events": [good] * 1001}), 422, "events")
+    assert_problem(post("/v1/events", json=[]), 422, "body")
+    assert_problem(post("/v1/events", json={"events": [], "more": 1}), 422, "more")
+    assert_problem(post("/v1/events", json=5), 422)
+
+
+def test_a_profile_reaches_the_context_until_the_user_is_forgotten(running: Running) -> None:
+    put = running.client.put("/v1/users/ann", json={"gender": "F", "age_bucket": "24-30"})
+    assert (put.status_code, put.content) == (204, b"")
+    running.event("click", FIRST_ID, "ann")
+    assert running.search("shoes", user_id="ann")["degraded"] == []
+    context = running.runner.seen[-1][0]
+    assert (context.profile, context.recent_items) == ("24-30 F", (FIRST_ID,))
+    assert running.client.put("/v1/users/ann", json={"age_bucket": "50+"}).status_code == 204
+    running.search("shoes", user_id="ann")
+    assert running.runner.seen[-1][0].profile == "50+"
+    assert running.client.delete("/v1/users/ann").status_code == 204
+    assert running.search("shoes", user_id="ann")["degraded"] == ["unknown_user"]
+    assert_problem(running.client.put("/v1/users/ann", json={"age_bucket": "25"}), 422, "age_bucket")
+    assert_problem(running.client.put("/v1/users/%20", json={}), 422, "user_id")
+
+
+def test_every_search_is_logged_as_one_exposure(tmp_path: Path) -> None:
+    started = Running(tmp_path)
+    with started.client:
+        first = started.search("running shoes", {"X-Request-Id": "r-1"}, user_id="ann", limit=2)
+        started.search("socks", {"X-OneSearch-Bucket-Key": "k"})
+    rows = sqlite3.connect(tmp_path / "state.sqlite3").execute("SELECT kind, body FROM log ORDER BY id").fetchall()
+    assert [kind for kind, _ in rows] == ["exposure", "exposure"]
+    one, two = (json.loads(body) for _, body in rows)
+    assert (one["request_id"], one["user_id"], one["query"]) == ("r-1", "ann", "running shoes")
+    assert (one["variant"], one["items"]) == (first["variant"], [FIRST_ID, FIRST_ID + 1])
+    assert one["latency_ms"] == first["timings_ms"]["total"]
+    assert (two["user_id"], len(two["bucket"])) == (None, 16)
+    assert one["bucket"] != two["bucket"]
 
 
 def test_unknown_paths_and_methods_are_problems(running: Running) -> None:

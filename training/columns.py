@@ -9,12 +9,15 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, get_args
 
 import orjson
 import polars as pl
 
-AGE_BUCKETS = ("0-11", "12-17", "18-23", "24-30", "31-40", "41-49", "50+")
+from onesearch.context import AgeBucket, Gender
+
+GENDERS: tuple[str, ...] = get_args(Gender)
+AGE_BUCKETS: tuple[str, ...] = get_args(AgeBucket)
 UNKNOWN = "UNKNOWN"
 REQUIRED = object()
 _MAX_INT = 2**63 - 1
@@ -156,7 +159,7 @@ ITEMS = (
 )
 USERS = (
     Column("user_id", INTEGER),
-    Column("gender", _choice("F", "M", UNKNOWN), UNKNOWN),
+    Column("gender", _choice(*GENDERS, UNKNOWN), UNKNOWN),
     Column("age_bucket", _choice(*AGE_BUCKETS, UNKNOWN), UNKNOWN),
     Column("fre_country", STRING, UNKNOWN),
     Column("fre_province", STRING, UNKNOWN),

@@ -11,11 +11,9 @@ from typing import Any
 
 import polars as pl
 
-from onesearch.context import MAX_LONG_ITEMS, MAX_RECENT_QUERIES, SearchContext, assemble
+from onesearch.context import KEPT_CLICKS, KEPT_LONG, KEPT_QUERIES, SearchContext, assemble, profile_text
 from training.columns import UNKNOWN
 from training.tables import Tables
-
-_KEPT_QUERIES = 3 * MAX_RECENT_QUERIES  # more than a context shows, since repeats count once
 
 
 @dataclass(frozen=True)
@@ -43,9 +41,9 @@ class _History:
 
     def add(self, row: dict[str, Any]) -> None:
         clicked, ordered = row["clicked_item_ids"], row["purchased_item_ids"]
-        self.queries = [*self.queries, row["query"]][-_KEPT_QUERIES:]
-        self.clicks = [*self.clicks, *clicked][-MAX_LONG_ITEMS:]
-        self.long = [*self.long, *clicked, *ordered][-MAX_LONG_ITEMS:]
+        self.queries = [*self.queries, row["query"]][-KEPT_QUERIES:]
+        self.clicks = [*self.clicks, *clicked][-KEPT_CLICKS:]
+        self.long = [*self.long, *clicked, *ordered][-KEPT_LONG:]
 
 
 def page_views(tables: Tables) -> list[PageView]:
@@ -107,13 +105,11 @@ def _page_view(row: dict[str, Any], profiles: dict[int, str], histories: dict[in
     )
 
 
-def profile_text(gender: str, age_bucket: str) -> str:
-    """Profile as prompts show it, e.g. `24-30 F`; unknown parts are left out."""
-    return " ".join(part for part in (age_bucket, gender) if part != UNKNOWN)
-
-
 def _profiles(users: pl.DataFrame | None) -> dict[int, str]:
     if users is None:
         return {}
     columns = users.select("user_id", "gender", "age_bucket").iter_rows()
-    return {user: profile_text(gender, age) for user, gender, age in columns}
+    return {
+        user: profile_text(None if gender == UNKNOWN else gender, None if age == UNKNOWN else age)
+        for user, gender, age in columns
+    }

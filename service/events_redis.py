@@ -1,0 +1,97 @@
+"""The event log and item counters in Redis: a stream, a hash per item, and one script that logs and applies.
+
+Redis runs a script as one act and writes it to its append-only file as one transaction.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import orjson
+from redis.asyncio import Redis
+
+from service.events import EVENT_HISTORIES, EVENT_TYPES, Counts, Event, Exposure, Logged
+from service.redis_client import PREFIX, execute, told
+from service.state import LIMITS
+from service.state_redis import user_prefix
+
+_LOG, _CHANGED, _SEEN, _ITEM = f"{PREFIX}:log", f"{PREFIX}:changed", f"{PREFIX}:event:", f"{PREFIX}:item:"
+
+# KEYS: log, changed items. ARGV: events as JSON, prefixes of event and item keys, milliseconds of retention and of
+# histories, oldest log position to keep. Items rank in `changed` by a number that grows with every change.
+_RECORD = """
+local new = 0
+for _, event in ipairs(cjson.decode(ARGV[1])) do
+    if redis.call('SET', ARGV[2] .. event.id, '', 'NX', 'PX', ARGV[4]) then
+        new = new + 1
+        redis.call('XADD', KEYS[1], 'MINID', '~', ARGV[6], '*', 'event', event.body)
+        for _, list in ipairs(event.lists) do
+            redis.call('RPUSH', list.key, list.value)
+            redis.call('LTRIM', list.key, -list.limit, -1)
+            redis.call('PEXPIRE', list.key, ARGV[5])
+        end
+        redis.call('HINCRBY', ARGV[3] .. event.item, event.type, 1)
+        redis.call('ZADD', KEYS[2], redis.call('INCR', KEYS[2] .. ':mark'), event.item)
+    end
+end
+return new
+"""
+
+
+class RedisEvents:
+    """An `EventLog` in Redis."""
+
+    def __init__(self, redis: Redis, ttl_seconds: float, retention_seconds: float) -> None:
+        """ttl_seconds is that of the histories, retention_seconds that of the log."""
+        self._redis = redis
+        self._ttl_ms = int(ttl_seconds * 1000)
+        self._retention_ms = int(retention_seconds * 1000)
+        self._script = redis.register_script(_RECORD)
+
+    async def record(self, events: Sequence[Event]) -> int:
+        if not events:
+            return 0
+        body = orjson.dumps([_message(event) for event in events])
+        arguments: list[str | bytes | int] = [
+            body,
+            _SEEN,
+            _ITEM,
+            self._retention_ms,
+            self._ttl_ms,
+            self._oldest(events[-1].at),
+        ]
+        return int(await told(self._script(keys=[_LOG, _CHANGED], args=arguments)))
+
+    async def expose(self, exposures: Sequence[Exposure]) -> None:
+        pipe = self._redis.pipeline(transaction=True)
+        for exposure in exposures:
+            pipe.xadd(_LOG, {"exposure": exposure.to_json()}, minid=self._oldest(exposure.at))
+        await execute(pipe)
+
+    async def entries(self, after: str, limit: int) -> list[Logged]:
+        start = f"({after}" if after else "-"
+        found: Any = await told(self._redis.xrange(_LOG, min=start, count=limit))
+        return [Logged(position, *fields.popitem()) for position, fields in found]
+
+    async def counts(self, since: int, limit: int) -> tuple[int, dict[int, Counts]]:
+        changed: Any = await told(
+            self._redis.zrangebyscore(_CHANGED, f"({since}", "+inf", start=0, num=limit, withscores=True)
+        )
+        pipe = self._redis.pipeline(transaction=False)
+        for item, _ in changed:
+            pipe.hmget(_ITEM + item, *EVENT_TYPES)
+        rows = await execute(pipe)
+        found = {
+            int(item): Counts(*(int(n or 0) for n in row)) for (item, _), row in zip(changed, rows, strict=True)
+        }
+        return int(changed[-1][1]) if changed else since, found
+
+    def _oldest(self, now: float) -> int:
+        return max(0, int(now * 1000) - self._retention_ms)
+
+
+def _message(event: Event) -> dict[str, object]:
+    """What the script needs of an event. The item id travels as text: Lua's numbers do not hold 64 bits."""
+    value, prefix = f"{event.at!r} {event.item_id}", user_prefix(event.user_id)
+    lists = [{"key": prefix + name, "value": value, "limit": LIMITS[name]} for name in EVENT_HISTORIES[event.type]]
+    body = event.to_json().decode()
+    return {"id": event.event_id, "type": event.type, "item": str(event.item_id), "body": body, "lists": lists}
