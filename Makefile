@@ -22,6 +22,8 @@ $(BUILT): $(NATIVE)
 
 $(DEV): $(BUILT)
 	$(PIP) --editable ".[cpu,train,export,dev]"
+	@# Only its tritonserver is used; its Python part, which would ask for NumPy 1, is not.
+	$(PIP) --no-deps nvidia-pytriton==0.7.0 || echo "no nvidia-pytriton here: the tests on Triton will be skipped"
 	@touch $@
 
 demo/data/items.parquet: | $(BUILT)

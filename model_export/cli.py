@@ -1,4 +1,5 @@
-"""`onesearch-export BUNDLE --target onnx`: reads a bundle and adds graphs/ to it, once parity is proven."""
+"""`onesearch-export BUNDLE`: `--target onnx` adds graphs/ to a bundle, once parity is proven; `--target triton --out
+REPOSITORY` writes a Triton model repository from a bundle that has them."""
 
 import shutil
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from onesearch.bundle import GRAPHS, STAMP, Bundle, open_bundle, sha256
 from onesearch.errors import ExportError, OneSearchError
 from onesearch.runtime import PREFILL_FILE, STEP_FILE, Precision, open_decoder
 
-Target = Literal["onnx"]
+Target = Literal["onnx", "triton"]
 
 
 def export_onnx(path: Path, precision: Precision, say: Callable[[str], None]) -> dict[str, Any]:
@@ -85,16 +86,33 @@ def _install(new: Path, path: Path) -> None:
 def _main(
     bundle: Annotated[Path, typer.Argument(help="the bundle folder")],
     target: Annotated[Target, typer.Option(help="what to export to")] = "onnx",
-    precision: Annotated[Precision, typer.Option(help="int8 adds the quantised step")] = "fp32",
+    precision: Annotated[Precision, typer.Option(help="int8 adds, or serves, the quantised step graph")] = "fp32",
+    out: Annotated[Path | None, typer.Option(help="triton: the model repository to write")] = None,
+    graphs: Annotated[
+        str, typer.Option(help="triton: in-process (CPU), onnxruntime or tensorrt (GPU)")
+    ] = "in-process",
+    instances: Annotated[int, typer.Option(help="triton: processes of the search model")] = 2,
 ) -> None:
     """Export the graphs of a bundle and prove that they agree with the model."""
     try:
+        if target == "triton":
+            _triton(bundle, out, graphs, precision, instances)
+            return
         stamp = export_onnx(bundle, precision, typer.echo)
     except OneSearchError as error:
         typer.echo(f"onesearch-export: {error}", err=True)
         raise typer.Exit(2) from error
     for name, row in stamp["parity"].items():
         typer.echo(f"{name}: {', '.join(f'{key} {value:.3g}' for key, value in row.items())}")
+
+
+def _triton(bundle: Path, out: Path | None, graphs: Any, precision: Precision, instances: int) -> None:
+    from model_export.to_triton import Serving, export_triton
+
+    if out is None:
+        raise ExportError("triton", ["--out: is missing, expected the model repository to write"])
+    export_triton(bundle, out, Serving(graphs, precision, instances), typer.echo)
+    typer.echo(f"{out}: complete; load onesearch_search with tritonserver --model-control-mode=explicit")
 
 
 def main() -> None:

@@ -47,6 +47,7 @@ class SearchResult:
     """rows: int64 [n] rows of `catalog`, best first. scores: float32 [n], the log-probability of each row's SID.
 
     beams: beams kept per level. timings_ms: wall time per stage. eligible: items that pass the filters.
+    degraded: what the search had to do without. model_version: the model that answered, None for the bundle's own.
     """
 
     catalog: Snapshot
@@ -57,6 +58,8 @@ class SearchResult:
     beams: tuple[int, ...]
     timings_ms: dict[str, float]
     eligible: int
+    degraded: tuple[str, ...] = ()
+    model_version: str | None = None
 
 
 @dataclass
@@ -64,11 +67,13 @@ class Clock:
     """Wall time per named stage, in milliseconds; a stage entered twice adds up.
 
     A kernel that runs cannot be interrupted, so the deadline (`time.monotonic()`) is looked at between stages and
-    before every level of the decode.
+    before every level of the decode. degraded and model_version: see `SearchResult`.
     """
 
     timings: dict[str, float] = field(default_factory=dict)
     deadline: float = math.inf
+    degraded: list[str] = field(default_factory=list)
+    model_version: str | None = None
 
     def check(self) -> None:
         """Raises DeadlineError when the time is up."""
@@ -123,8 +128,18 @@ class Searcher:
         found = self.decode(prompt, config, selection, clock)
         with clock.stage("expand"):
             rows, sources = catalog.expand(found.leaves, options.limit, selection, self.popularity)
-        scores, beams, count = found.scores[sources], found.beams, selection.count
-        return SearchResult(catalog, rows, scores, query_sid, context.keywords, beams, clock.timings, count)
+        return SearchResult(
+            catalog=catalog,
+            rows=rows,
+            scores=found.scores[sources],
+            query_sid=query_sid,
+            keywords=context.keywords,
+            beams=found.beams,
+            timings_ms=clock.timings,
+            eligible=selection.count,
+            degraded=tuple(clock.degraded),
+            model_version=clock.model_version,
+        )
 
     def render(self, context: SearchContext, items: SidLookup | None = None) -> tuple[Prompt, Codes]:
         """The model input of a context and the query's SID uint16 [L]; items: where its history is looked up, by

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,24 +10,29 @@ from onesearch.bundle import Bundle, open_bundle
 from onesearch.errors import BundleError, ConfigError, FaultsError, OneSearchError
 from onesearch.live import LiveCatalog
 from onesearch.rates import CalibratedRates
-from onesearch.runtime import OnnxDecoder
+from onesearch.runtime import Decoder, OnnxDecoder
 from onesearch.search import Searcher, SearchOptions, replay
 from service.inference import EmbeddedRunner, InferenceRunner
 from service.settings import Settings
 from service.variants import Split, VariantOptions, declared_split, read_split
 
 EXAMPLE_QUERIES = 8
+EMBEDDED = "embedded"
 
 
 @dataclass(frozen=True)
 class Engine:
-    """One open bundle with the runner that searches it. check replays its golden examples and returns faults."""
+    """One open bundle with the runner that searches it. check replays its golden examples and returns faults.
+
+    watched: the check may change its mind at any time, because the model is on a server.
+    """
 
     name: str
     model_version: str
     live: LiveCatalog
     runner: InferenceRunner
     check: Callable[[], list[str]]
+    watched: bool = False
     examples: tuple[str, ...] = ()
 
 
@@ -101,18 +107,46 @@ def open_deployment(paths: Sequence[Path], settings: Settings) -> Deployment:
 
 
 def open_engine(name: str, bundle: Bundle, settings: Settings, rates: CalibratedRates) -> Engine:
-    """An engine that searches a bundle in this process. Raises BundleError for a bundle without graphs."""
-    if bundle.graphs is None:
-        raise BundleError(f"bundle {bundle.path}", [f"has no graphs; run: onesearch-export {bundle.path}"])
-    renderer = bundle.renderer
-    searcher = Searcher(bundle, OnnxDecoder(bundle.graphs, renderer.sids, renderer.bos, settings.threads))
+    """An engine that searches a bundle in this process, or on the inference server that the settings name.
+
+    Raises BundleError for a bundle without graphs where this process needs them, ConfigError for a missing package.
+    """
+    decoder = _decoder(bundle, settings) if EMBEDDED in (settings.inference, settings.inference_fallback) else None
+    if settings.inference == EMBEDDED:
+        assert decoder is not None
+        searcher = Searcher(bundle, decoder)
+        runner: InferenceRunner = EmbeddedRunner(searcher, settings.concurrency)
+        check: Callable[[], list[str]] = partial(replay, searcher, bundle.examples)
+    else:
+        searcher, runner, check = _on_triton(name, bundle, settings, decoder)
     searcher.popularity = rates
     queries = dict.fromkeys(example.context.query for example in bundle.examples)
     return Engine(
         name=name,
         model_version=bundle.manifest.model_version,
         live=searcher.live,
-        runner=EmbeddedRunner(searcher, settings.concurrency),
-        check=lambda: replay(searcher, bundle.examples),
+        runner=runner,
+        check=check,
+        watched=decoder is None,
         examples=tuple(queries)[:EXAMPLE_QUERIES],
     )
+
+
+def _decoder(bundle: Bundle, settings: Settings) -> Decoder:
+    if bundle.graphs is None:
+        raise BundleError(f"bundle {bundle.path}", [f"has no graphs; run: onesearch-export {bundle.path}"])
+    return OnnxDecoder(bundle.graphs, bundle.renderer.sids, bundle.renderer.bos, settings.threads)
+
+
+def _on_triton(
+    name: str, bundle: Bundle, settings: Settings, fallback: Decoder | None
+) -> tuple[Searcher, InferenceRunner, Callable[[], list[str]]]:
+    """A searcher on the server, its runner and its check; with a fallback the server may be away."""
+    try:
+        from service.inference_triton import Probe, TritonModel, TritonRunner, TritonSearcher
+    except ImportError as error:
+        raise ConfigError(f"inference: {settings.inference!r} needs the extra onesearch[triton]") from error
+    model = TritonModel(settings.inference, name, bundle.manifest.digest, settings.inference_timeout_ms / 1e3)
+    searcher = TritonSearcher(bundle, model, fallback)
+    check = Probe(searcher) if fallback is None else partial(replay, searcher, bundle.examples)
+    return searcher, TritonRunner(searcher, settings.concurrency), check

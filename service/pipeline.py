@@ -99,12 +99,13 @@ class Pipeline:
             # Known keywords are in the context; else the dictionary of the bundle is asked.
             asks = options.keywords and recalled.keywords is None
             result = await variant.engine.runner.search(context, replace(options, keywords=asks))
+        degraded += result.degraded
         spent |= result.timings_ms | {"total": _ms_since(started)}
         body = {
             "request_id": caller.request_id,
             "query": request.query,
             "variant": variant.name,
-            "model_version": variant.engine.model_version,
+            "model_version": result.model_version or variant.engine.model_version,
             "catalog_version": result.catalog.version,
             "keywords": result.keywords,
             "items": _items(result),

@@ -1,4 +1,7 @@
-"""Readiness: every engine replays its golden examples once, in the background, before it counts as ready."""
+"""Readiness: every engine replays its golden examples, in the background, before it counts as ready.
+
+An engine whose model is on a server is asked again all the time: servers go away, come back and change.
+"""
 
 import asyncio
 import logging
@@ -8,6 +11,7 @@ from typing import Literal, TypedDict
 from service.deployment import Engine
 
 _MAX_REASONS = 5
+_PERIOD_SECONDS = 1.0
 logger = logging.getLogger("onesearch.readiness")
 
 
@@ -33,13 +37,22 @@ class Readiness:
         return not self.draining and all(state["state"] == "ready" for state in self.states.values())
 
     async def check(self) -> None:
-        """Check the engines one after the other."""
+        """Check the engines one after the other, and those on a server again and again."""
         for engine in self._engines:
-            try:
-                reasons = await asyncio.to_thread(engine.check)
-            except Exception as error:  # whatever a broken model does, the service must live to report it
-                reasons = [f"replay failed: {type(error).__name__}: {error}"]
-            if len(reasons) > _MAX_REASONS:
-                reasons = [*reasons[:_MAX_REASONS], f"and {len(reasons) - _MAX_REASONS} more"]
-            self.states[engine.name] = {"state": "failed" if reasons else "ready", "reasons": reasons}
+            await self._check(engine)
+        while watched := [engine for engine in self._engines if engine.watched]:
+            await asyncio.sleep(_PERIOD_SECONDS)
+            for engine in watched:
+                await self._check(engine)
+
+    async def _check(self, engine: Engine) -> None:
+        try:
+            reasons = await asyncio.to_thread(engine.check)
+        except Exception as error:  # whatever a broken model does, the service must live to report it
+            reasons = [f"replay failed: {type(error).__name__}: {error}"]
+        if len(reasons) > _MAX_REASONS:
+            reasons = [*reasons[:_MAX_REASONS], f"and {len(reasons) - _MAX_REASONS} more"]
+        checked: EngineState = {"state": "failed" if reasons else "ready", "reasons": reasons}
+        if checked != self.states[engine.name]:
+            self.states[engine.name] = checked
             logger.info("checked", extra={"fields": {"engine": engine.name, "reasons": reasons}})

@@ -48,6 +48,17 @@ class Settings(BaseSettings):
     deadline_ms: int = Field(default=2000, ge=1, le=60_000, description="deadline of a search that names none")
     rate_limit: str | None = Field(default=None, description="requests of one client per worker, like 50/second")
     client_header: str | None = Field(default=None, description="header that names the client, else its address")
+    inference: str = Field(
+        default="embedded",
+        pattern=r"^(embedded|triton://[^/]+:\d+(/[A-Za-z0-9_.{}-]+)?)$",
+        description="where the model runs: embedded, or triton://HOST:PORT[/MODEL] ({bundle}: the bundle's name)",
+    )
+    inference_fallback: Literal["none", "embedded"] = Field(
+        default="none", description="what searches while the inference server is away: nothing, or this process"
+    )
+    inference_timeout_ms: int = Field(
+        default=1000, ge=1, le=60_000, description="longest wait for the inference server"
+    )
     threads: int = Field(default=1, ge=1, le=256, description="threads of one model call")
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="log threshold")
     traces: str | None = Field(default=None, description="OTLP/HTTP endpoint that traces are sent to")

@@ -122,6 +122,8 @@ def test_masks_lose_leaves(split, data):
         everything = np.ones(trie.num_sids, dtype=bool)
         everything[gone] = False
         assert_same_edges(trie, trie.subset(legal).without(gone), trie.subset(left))
+        np.testing.assert_array_equal(trie.subset(legal).without(gone).legal(), left)
+        assert trie.all().legal().all()
         assert_same_edges(trie, trie.all().without(gone), trie.subset(everything))
 
 

@@ -52,6 +52,9 @@ class EdgeMask:
     def num_sids(self) -> int:
         """SIDs, legal or not."""
 
+    def legal(self) -> Annotated[NDArray[numpy.bool_], dict(shape=(None,), order='C')]:
+        """Whether each SID is legal, by leaf index: what `subset` was given."""
+
     @property
     def num_legal(self) -> int:
         """Legal SIDs."""

@@ -30,6 +30,10 @@ class OverlayMask:
         """Bytes of both masks."""
         return self.base.nbytes + self.added.nbytes
 
+    def legal(self) -> npt.NDArray[np.bool_]:
+        """Whether each SID is legal, by leaf index of the overlay, bool [S]: what `subset` was given."""
+        return np.concatenate([self.base.legal(), self.added.legal()])
+
     def without(self, leaves: npt.NDArray[np.int64]) -> "OverlayMask":
         """This mask less some leaf indices of the overlay. Raises ValueError for an index outside 0 … S - 1."""
         added = leaves >= self.base.num_sids

@@ -123,6 +123,11 @@ void bind_mask(nb::module_& m) {
            },
            "leaves"_a, "This mask less some leaf indices; ValueError for one out of range.")
       .def_prop_ro("num_sids", [](const EdgeMask& mask) { return mask.trie().num_sids(); }, "SIDs, legal or not.")
+      .def("legal",
+           [](const EdgeMask& mask) {
+             return make_array<bool, 1>({mask.trie().num_sids()}, [&](bool* out) { mask.write_legal(out); });
+           },
+           "Whether each SID is legal, by leaf index: what `subset` was given.")
       .def_prop_ro("num_legal", &EdgeMask::num_legal, "Legal SIDs.")
       .def_prop_ro("nbytes", &EdgeMask::bytes);
 }

@@ -44,6 +44,10 @@ class EdgeMask {
 
   bool test(std::uint32_t t, Edge e) const { return (bits_[t][e / 64] >> (e % 64)) & 1; }
   std::uint32_t num_legal() const { return num_legal_; }
+  // One flag per SID in sorted order.
+  void write_legal(bool* out) const {
+    for (Edge leaf = 0; leaf < trie_->num_sids(); ++leaf) out[leaf] = test(trie_->levels() - 1, leaf);
+  }
   const Trie& trie() const { return *trie_; }
   std::size_t bytes() const {
     std::size_t total = 0;
