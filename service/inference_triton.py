@@ -34,7 +34,7 @@ _SHORTEST = 1e-3
 _ADDRESS = re.compile(r"triton://(?P<host>[^/]+:\d+)(/(?P<model>[A-Za-z0-9_.{}-]+))?")
 _RECONNECT = [
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 2000),
     ("grpc.max_reconnect_backoff_ms", 1000),
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),

@@ -161,9 +161,10 @@ def test_a_deadline_ends_the_search_here_and_there(server: TritonServer, searche
     context = random_contexts(1)[0]
     with pytest.raises(DeadlineError):
         searcher.search(context, SearchOptions(deadline=0.0))
+    impatient = TritonSearcher(searcher.bundle, model_on(server, searcher.bundle, timeout=0.2))
+    assert Probe(impatient)() == []
     server.freeze(True)
     try:
-        impatient = TritonSearcher(searcher.bundle, model_on(server, searcher.bundle, timeout=0.2))
         with pytest.raises(InferenceUnavailable, match="Deadline"):
             impatient.search(context, SearchOptions())
         with pytest.raises(DeadlineError):
