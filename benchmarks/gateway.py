@@ -31,6 +31,7 @@ from fastapi import FastAPI, Response
 from benchmarks.wire import Client, Server, hardware, redis, report, serving
 from onesearch.catalog import Catalog, Item, write_catalog
 from onesearch.context import SearchContext
+from onesearch.live import LiveCatalog
 from onesearch.search import SearchOptions, SearchResult
 from service.app import create_app, open_store
 from service.deployment import Deployment, Engine
@@ -38,6 +39,7 @@ from service.schemas import SearchRequest
 from service.settings import load_settings
 from service.variants import Split, VariantOptions
 from service.workers import serve_app
+from trie import SidTrie
 
 ITEMS, LIMIT, USERS, CONNECTIONS = 2000, 20, 500, 16
 QUERY = "waterproof trail running shoes"
@@ -46,22 +48,23 @@ QUERY = "waterproof trail running shoes"
 class InstantModel:
     """A runner that has the answer ready."""
 
-    def __init__(self, catalog: Catalog) -> None:
+    def __init__(self, live: LiveCatalog) -> None:
         stages = ("understand", "mask", "prefill", "decode", "expand")
-        self._sid = catalog.sids[0]
+        self._live, self._sid = live, np.zeros(5, dtype=np.uint16)
         self._rows, self._timings = np.arange(LIMIT), dict.fromkeys(stages, 0.0)
         self._scores = np.linspace(-1, -9, LIMIT, dtype=np.float32)
 
     async def search(self, context: SearchContext, options: SearchOptions) -> SearchResult:
         """The same twenty items for everyone."""
         timings = dict(self._timings)
-        return SearchResult(self._rows, self._scores, self._sid, (), (1, 256, 512, 512, 20), timings, ITEMS)
+        beams, snapshot = (1, 256, 512, 512, 20), self._live.snapshot
+        return SearchResult(snapshot, self._rows, self._scores, self._sid, (), beams, timings, ITEMS)
 
     async def close(self) -> None:
         """Nothing to close."""
 
 
-def catalog(folder: Path) -> Catalog:
+def catalog(folder: Path) -> LiveCatalog:
     """Items with fields as full as those of the simulated marketplace."""
     attributes = (("colour", "forest green"), ("material", "recycled polyester"), ("closure", "laces"))
     items = [
@@ -75,16 +78,19 @@ def catalog(folder: Path) -> Catalog:
         )
         for i in range(ITEMS)
     ]
-    sids = np.stack([np.arange(ITEMS) // 256, np.arange(ITEMS) % 256, *[np.zeros(ITEMS)] * 3], axis=1)
-    write_catalog(folder, items, sids.astype(np.uint16), np.zeros(ITEMS, dtype=np.float32))
-    return Catalog(folder)
+    columns = [np.arange(ITEMS) // 256, np.arange(ITEMS) % 256, *[np.zeros(ITEMS)] * 3]
+    sids = np.stack(columns, axis=1).astype(np.uint16)
+    write_catalog(folder, items, sids, np.zeros(ITEMS, dtype=np.float32))
+    return LiveCatalog(
+        Catalog(folder), SidTrie.build(sids, (8, 256, 1, 1, 1)), "c1", lambda texts: sids[: len(texts)]
+    )
 
 
 def serve_gateway(folder: Path, port: int) -> None:
     """Serve the real application over the instant model until stopped; the environment has the settings."""
-    items = catalog(folder)
+    live = catalog(folder)
     settings = load_settings(port=port, notice_seconds=0)
-    engine = Engine("bench", "m1", "c1", items, InstantModel(items), check=lambda: [])
+    engine = Engine("bench", "m1", live, InstantModel(live), check=lambda: [])
     deployment = Deployment([engine], Split({"default": VariantOptions(bundle="bench")}))
     serve_app(create_app(settings, deployment, open_store(settings)), settings)
 

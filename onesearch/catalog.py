@@ -163,6 +163,8 @@ class Catalog:
 
     def _view(self, columns: Columns) -> None:
         self.columns = columns
+        # Reading single values through a view is several times faster than through the array.
+        self._bodies, self._offsets = columns.bodies.data, columns.arrays["offsets"].data
         self.item_ids: npt.NDArray[np.int64] = columns.arrays["item_ids"]
         self.sids: Codes = columns.arrays["item_sids"]
         self.popularity: npt.NDArray[np.float32] = columns.arrays["popularity"]
@@ -202,8 +204,7 @@ class Catalog:
 
     def item_json(self, row: int) -> bytes:
         """Public fields of one item as JSON bytes."""
-        start, stop = self.columns.arrays["offsets"][row : row + 2]
-        return self.columns.bodies[int(start) : int(stop)].tobytes()
+        return bytes(self._bodies[self._offsets[row] : self._offsets[row + 1]])
 
     def item(self, row: int) -> Item:
         """One item in full."""

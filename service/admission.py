@@ -88,6 +88,9 @@ class Admission:
             raise Overloaded(f"{self.waiting} searches are waiting already", math.ceil(fastest * rounds))
         if self._slots.locked() and fastest * (rounds + 1) > left:
             raise Overloaded("too many searches are waiting for this deadline", math.ceil(fastest * rounds))
+        if not self._slots.locked():
+            await self._slots.acquire()
+            return
         self._count(waiting=1)
         try:
             async with asyncio.timeout(left):

@@ -36,11 +36,11 @@ def create_app(settings: Settings, deployment: Deployment, store: Store) -> Fast
         description="Generative e-commerce search. Errors are problem+json (RFC 9457).",
         docs_url=None,
         redoc_url=None,
+        routes=list(routes.router.routes),  # a nested router is searched anew for every request
         lifespan=_lifespan(settings, deployment, store, metrics, readiness, tracer),
     )
     app.state.readiness = readiness
     app.add_middleware(Envelope, metrics=metrics, readiness=readiness, rate_limit=rate_limit, tracer=tracer)
-    app.include_router(routes.router)
     app.mount("/page", StaticFiles(directory=routes.PAGE), name="page")
     problems.install(app)
     return app

@@ -7,10 +7,9 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
-from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -22,7 +21,7 @@ from service.tracing import Tracer
 
 MAX_BODY_BYTES = 64 * 1024
 _MORE_BODY_BYTES = {"/v1/events": 2 * 1024 * 1024}  # routes that take many things at once
-_JSON = "application/json"
+_JSON = b"application/json"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 _QUIET = {"/healthz", "/readyz", "/metrics"}
 _LIMITED = "/v1/"
@@ -36,6 +35,7 @@ _SECURITY = [
     (b"referrer-policy", b"no-referrer"),
 ]
 _CLOSE = (b"connection", b"close")
+RawHeaders = Mapping[bytes, bytes]
 logger = logging.getLogger("onesearch.request")
 
 
@@ -64,8 +64,8 @@ class Envelope:
             await self._app(scope, receive, send)
             return
         started = time.monotonic()
-        headers = Headers(scope=scope)
-        given = headers.get("x-request-id", "")
+        headers = dict(scope["headers"])
+        given = headers.get(b"x-request-id", b"").decode("latin-1")
         state: MutableMapping[str, Any] = scope.setdefault("state", {})
         state["request_id"] = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         state["arrived"] = started
@@ -88,7 +88,7 @@ class Envelope:
         finally:
             self._account(scope, headers, status, time.monotonic() - started)
 
-    async def _answer(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> None:
+    async def _answer(self, scope: Scope, headers: RawHeaders, receive: Receive, send: Send) -> None:
         request_id = scope["state"]["request_id"]
         if self._rate_limit and scope["path"].startswith(_LIMITED):
             try:
@@ -125,7 +125,7 @@ class Envelope:
         if self._readiness.draining and _CLOSE not in headers:
             headers.append(_CLOSE)
 
-    def _account(self, scope: Scope, headers: Headers, status: int, seconds: float) -> None:
+    def _account(self, scope: Scope, headers: RawHeaders, status: int, seconds: float) -> None:
         state = scope["state"]
         route = getattr(scope.get("route"), "path", "unmatched")
         variant = state.get("variant", "")
@@ -133,7 +133,13 @@ class Envelope:
         if code := state.get("problem"):
             self._metrics.problem(code)
         if self._tracer:
-            self._tracer.request(headers, f"{scope['method']} {route}", status, seconds, state)
+            self._tracer.request(
+                headers.get(b"traceparent", b"").decode("latin-1"),
+                f"{scope['method']} {route}",
+                status,
+                seconds,
+                state,
+            )
         level = logging.DEBUG if route in _QUIET else logging.INFO
         if logger.isEnabledFor(level):
             fields = {
@@ -147,9 +153,9 @@ class Envelope:
             logger.log(level, "request", extra={"fields": fields})
 
 
-async def _read(headers: Headers, receive: Receive, limit: int) -> bytes | None:
+async def _read(headers: RawHeaders, receive: Receive, limit: int) -> bytes | None:
     """The body, or None when it is declared or turns out to be too large."""
-    declared = headers.get("content-length", "0")
+    declared = headers.get(b"content-length", b"0")
     if declared.isdigit() and int(declared) > limit:
         return None
     body = bytearray()
@@ -162,15 +168,16 @@ async def _read(headers: Headers, receive: Receive, limit: int) -> bytes | None:
             return bytes(body)
 
 
-def _is_json(headers: Headers) -> bool:
-    return headers.get("content-type", "").partition(";")[0].strip().lower() == _JSON
+def _is_json(headers: RawHeaders) -> bool:
+    return headers.get(b"content-type", b"").partition(b";")[0].strip().lower() == _JSON
 
 
-def _unreadable(request_id: str, body: bytes | None, headers: Headers, limit: int) -> Response:
+def _unreadable(request_id: str, body: bytes | None, headers: RawHeaders, limit: int) -> Response:
     """The problem of a body that is too large (None) or not declared to be JSON."""
     if body is not None:
-        detail = f"Content-Type: {headers.get('content-type', '')!r} is not supported, expected {_JSON}"
-        errors = [("Content-Type", f"expected {_JSON}")]
+        given = headers.get(b"content-type", b"").decode("latin-1")
+        detail = f"Content-Type: {given!r} is not supported, expected application/json"
+        errors = [("Content-Type", "expected application/json")]
         return problem(request_id, 415, detail, code="unsupported-media-type", errors=errors)
     fault = f"is larger than {limit} bytes"
     close = {"Connection": "close"}  # the rest of the body is never read

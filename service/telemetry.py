@@ -5,10 +5,11 @@ import os
 import traceback
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import orjson
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from onesearch import __version__
@@ -16,6 +17,20 @@ from onesearch import __version__
 SHARED_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 """The variable by which prometheus-client, when imported, learns the folder where workers share their metrics."""
 _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+
+M = TypeVar("M", bound=MetricWrapperBase)
+
+
+class _Children(dict[tuple[str, ...], M]):
+    """The children of a labelled metric by their label values; `labels` itself is slow for every request."""
+
+    def __init__(self, metric: M) -> None:
+        super().__init__()
+        self._metric = metric
+
+    def __missing__(self, values: tuple[str, ...]) -> M:
+        child = self[values] = self._metric.labels(*values)
+        return child
 
 
 class Metrics:
@@ -25,15 +40,13 @@ class Metrics:
         self._registry = CollectorRegistry()
         self._shared = bool(os.environ.get(SHARED_FOLDER))
         shared: dict[str, Any] = {"namespace": "onesearch", "registry": self._registry}
-        self._requests = Counter("requests", "Requests answered.", ["route", "variant", "status"], **shared)
-        self._latency = Histogram(
-            "request_seconds", "Time to answer.", ["route", "variant"], buckets=_BUCKETS, **shared
-        )
-        self._stages = Histogram(
-            "stage_seconds", "Time of one stage of a search.", ["stage", "variant"], buckets=_BUCKETS, **shared
-        )
+        timed: dict[str, Any] = {**shared, "buckets": _BUCKETS}
+        asked, staged = ["route", "variant"], ["stage", "variant"]
+        self._requests = _Children(Counter("requests", "Requests answered.", [*asked, "status"], **shared))
+        self._latency = _Children(Histogram("request_seconds", "Time to answer.", asked, **timed))
+        self._stages = _Children(Histogram("stage_seconds", "Time of one stage of a search.", staged, **timed))
         self._degraded = Counter("degraded", "Searches answered with less.", ["reason"], **shared)
-        self._widths = Counter("searches", "Searches by beam width used.", ["variant", "width"], **shared)
+        self._widths = _Children(Counter("searches", "Searches by beam width.", ["variant", "width"], **shared))
         self._problems = Counter("problems", "Requests answered with a problem.", ["code"], **shared)
         self._events = Counter("events", "Events accepted.", ["type"], **shared)
         self._reloads = Counter("experiments_reloads", "Changes of the experiments file.", ["outcome"], **shared)
@@ -55,14 +68,14 @@ class Metrics:
 
     def request(self, route: str, variant: str, status: int, seconds: float) -> None:
         """Count one answered request."""
-        self._requests.labels(route, variant, str(status)).inc()
-        self._latency.labels(route, variant).observe(seconds)
+        self._requests[route, variant, str(status)].inc()
+        self._latency[route, variant].observe(seconds)
 
     def search(self, variant: str, width: int, timings_ms: Mapping[str, float], degraded: list[str]) -> None:
         """Count one search at a beam width, its stages and what it went without."""
-        self._widths.labels(variant, str(width)).inc()
+        self._widths[variant, str(width)].inc()
         for stage, spent in timings_ms.items():
-            self._stages.labels(stage, variant).observe(spent / 1e3)
+            self._stages[stage, variant].observe(spent / 1e3)
         for reason in degraded:
             self._degraded.labels(reason).inc()
 
@@ -141,6 +154,8 @@ class JsonFormatter(logging.Formatter):
 
 def log_config(level: str) -> dict[str, Any]:
     """Logging configuration of the process: JSON lines on stderr, the server's own included."""
+    # What no line shows need not be found out for every record.
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     return {
         "version": 1,
         "disable_existing_loggers": False,

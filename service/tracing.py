@@ -39,10 +39,11 @@ class Tracer:
         self._tracer = self._provider.get_tracer("onesearch")
         self._propagator = TraceContextTextMapPropagator()
 
-    def request(
-        self, headers: Mapping[str, str], name: str, status: int, seconds: float, state: Mapping[str, Any]
-    ) -> None:
-        """Record a request that ended now and took `seconds`; state is what its scope carried."""
+    def request(self, traceparent: str, name: str, status: int, seconds: float, state: Mapping[str, Any]) -> None:
+        """Record a request that ended now and took `seconds`; state is what its scope carried.
+
+        traceparent: the header of that name, empty if there was none.
+        """
         from opentelemetry import trace
 
         ended = time.time_ns()
@@ -55,7 +56,7 @@ class Tracer:
             "onesearch.request_id": state["request_id"],
             "onesearch.variant": state.get("variant", ""),
         }
-        parent = self._propagator.extract(headers)
+        parent = self._propagator.extract({"traceparent": traceparent})
         span = self._tracer.start_span(name, parent, trace.SpanKind.SERVER, attributes, start_time=at)
         inside = trace.set_span_in_context(span)
         for stage, spent in state.get("timings_ms", {}).items():
