@@ -37,7 +37,7 @@ from service.app import create_app, open_store
 from service.deployment import Deployment, Engine
 from service.schemas import SearchRequest
 from service.settings import load_settings
-from service.variants import Split, VariantOptions
+from service.variants import VariantOptions, WeightedSplit
 from service.workers import serve_app
 from trie import SidTrie
 
@@ -91,7 +91,7 @@ def serve_gateway(folder: Path, port: int) -> None:
     live = catalog(folder)
     settings = load_settings(port=port, notice_seconds=0)
     engine = Engine("bench", "m1", live, InstantModel(live), check=lambda: [])
-    deployment = Deployment([engine], Split({"default": VariantOptions(bundle="bench")}))
+    deployment = Deployment([engine], WeightedSplit({"default": VariantOptions(bundle="bench")}))
     serve_app(create_app(settings, deployment, open_store(settings)), settings)
 
 
