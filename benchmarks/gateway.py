@@ -33,10 +33,11 @@ from onesearch.catalog import Catalog, Item, write_catalog
 from onesearch.context import SearchContext
 from onesearch.live import LiveCatalog
 from onesearch.search import SearchOptions, SearchResult
-from service.app import create_app, open_store
+from service.app import create_app
 from service.deployment import Deployment, Engine
 from service.schemas import SearchRequest
 from service.settings import load_settings
+from service.store import open_store
 from service.variants import VariantOptions, WeightedSplit
 from service.workers import serve_app
 from trie import SidTrie
