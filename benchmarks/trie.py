@@ -21,7 +21,7 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -183,9 +183,10 @@ class HfStyle:
         return ids.numpy() - np.asarray(OFFSETS), scores.numpy()
 
 
-def prefix_dictionary(codes: Codes) -> dict[tuple[int, ...], list[int]]:
+def prefix_dictionary(codes: Codes, sizes: Sequence[int] = SIZES) -> dict[tuple[int, ...], list[int]]:
     """Every prefix, as token ids, to the token ids that may follow it."""
-    rows = (np.unique(codes, axis=0).astype(np.int64) + np.asarray(OFFSETS)).tolist()
+    offsets = np.concatenate([[0], np.cumsum(sizes[:-1])])
+    rows = (np.unique(codes, axis=0).astype(np.int64) + offsets).tolist()
     allowed: dict[tuple[int, ...], list[int]] = defaultdict(list)
     previous: list[int] = []
     for row in rows:

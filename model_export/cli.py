@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import orjson
 import typer
 
+import decoder
 from onesearch.bundle import GRAPHS, STAMP, Bundle, open_bundle, sha256
 from onesearch.errors import ExportError, OneSearchError
 from onesearch.runtime import PREFILL_FILE, STEP_FILE, Precision, open_decoder
@@ -24,7 +25,7 @@ def export_onnx(path: Path, precision: Precision, say: Callable[[str], None]) ->
     An earlier export is replaced, and only when the new one has passed. Raises ExportError when the graphs miss
     their parity limits, BundleError when the bundle does not open.
     """
-    from model_export import parity, quantise, to_onnx
+    from model_export import gate, parity, quantise, to_onnx
     from onesearch.model import TorchDecoder, open_model
 
     say("[1/4] open the bundle")
@@ -45,12 +46,19 @@ def export_onnx(path: Path, precision: Precision, say: Callable[[str], None]) ->
     say(f"[3/4] compare with torch on {len(bundle.examples)} golden examples")
     sids, bos = bundle.renderer.sids, bundle.renderer.bos
     reference = TorchDecoder(model, bundle.renderer)
-    rows = [parity.measure(bundle, reference, open_decoder(graphs, sids, bos, 1, p), p) for p in precisions]
-    if faults := [fault for row in rows for fault in row.faults()]:
+    decoders = {p: open_decoder(graphs, sids, bos, 1, p) for p in precisions}
+    rows = [parity.measure(bundle, reference, tried, p) for p, tried in decoders.items()]
+    faults = [fault for row in rows for fault in row.faults()]
+    summary = {row.precision: row.summary() for row in rows}
+    if precision == "int8":
+        gated = gate.measure(bundle, decoders["fp32"], decoders["int8"])
+        summary["int8"] |= gated.summary()
+        faults += gated.faults()
+    if faults:
         raise ExportError(f"bundle {path}", faults)
 
     say("[4/4] stamp")
-    stamp = _stamp(bundle, graphs, to_onnx.OPSET, {row.precision: row.summary() for row in rows})
+    stamp = _stamp(bundle, graphs, to_onnx.OPSET, summary)
     (graphs / STAMP).write_bytes(orjson.dumps(stamp, option=orjson.OPT_INDENT_2))
     _install(graphs, path)
     return stamp
@@ -63,6 +71,7 @@ def _stamp(bundle: Bundle, graphs: Path, opset: int, parity: dict[Precision, dic
         "files": {file.name: sha256(file) for file in sorted(graphs.iterdir())},
         "opset": opset,
         "versions": {name: version(name) for name in ("onnx", "onnxruntime", "torch")},
+        "kernels": decoder.kernels()[0],
         "parity": parity,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
@@ -103,7 +112,11 @@ def _main(
         typer.echo(f"onesearch-export: {error}", err=True)
         raise typer.Exit(2) from error
     for name, row in stamp["parity"].items():
-        typer.echo(f"{name}: {', '.join(f'{key} {value:.3g}' for key, value in row.items())}")
+        typer.echo(f"{name}: {', '.join(f'{key} {_text(value)}' for key, value in row.items())}")
+
+
+def _text(value: Any) -> str:
+    return f"[{value[0]:.3g}, {value[1]:.3g}]" if isinstance(value, list) else f"{value:.3g}"
 
 
 def _triton(bundle: Path, out: Path | None, graphs: Any, precision: Precision, instances: int) -> None:

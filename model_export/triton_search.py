@@ -106,11 +106,11 @@ class TritonPythonModel:
 
     def _replay(self, folder: Path) -> list[str]:
         """Faults of the recorded calls: their answers must be the recorded ones within the golden tolerance."""
-        faults = []
+        faults, allowed = [], GOLDEN_TOLERANCE["fp32"]
         for number, (call, expected) in enumerate(remote.read_recorded(folder / "recorded.npz")):
             gap = score_gap(expected.found, self._search(call, _never).found)
-            if gap > GOLDEN_TOLERANCE:
-                faults.append(f"recorded call {number}: scores differ by {gap:.2g}, allowed {GOLDEN_TOLERANCE}")
+            if gap > allowed:
+                faults.append(f"recorded call {number}: scores differ by {gap:.2g}, allowed {allowed}")
         return faults
 
 

@@ -27,7 +27,7 @@ from onesearch.sid import RQ_LEVELS, SidSpec
 from trie import SidTrie
 
 SCHEMA_VERSION = 1
-MANIFEST, GRAPHS, STAMP = "manifest.json", "graphs", "stamp.json"
+MANIFEST, GRAPHS, STAMP, HELD_OUT = "manifest.json", "graphs", "stamp.json", "held_out.jsonl"
 _CONTRACT = ("sid_spec.json", "tokenizer.json", "sequence.json", "codebooks.npz", "embedder")
 _PARTS = (*_CONTRACT, "items", "trie.bin", "keywords.json", "model.json", "weights.safetensors", "examples.jsonl")
 
@@ -54,6 +54,17 @@ class GoldenExample:
     ids: tuple[int, ...]
     codes: tuple[tuple[int, ...], ...]
     scores: tuple[float, ...]
+
+    def to_json(self) -> bytes:
+        return orjson.dumps(asdict(self))
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A request outside training (where the shop has such) and the items clicked after it, to judge int8 on."""
+
+    context: SearchContext
+    clicked: tuple[int, ...]
 
     def to_json(self) -> bytes:
         return orjson.dumps(asdict(self))
@@ -124,6 +135,18 @@ def open_bundle(path: Path | str, graphs: bool = True) -> Bundle:
     examples = tuple(_example(line) for line in (folder / "examples.jsonl").read_bytes().splitlines())
     exported, stamp = _open_graphs(folder, manifest) if graphs else (None, {})
     return open_parts(folder, manifest, examples, exported, stamp)
+
+
+def read_held_out(folder: Path) -> tuple[HeldOut, ...]:
+    """Held-out searches of a bundle folder; none when it was written without any. Raises ConfigError."""
+    path = folder / HELD_OUT
+    if not path.exists():
+        return ()
+    rows = [orjson.loads(line) for line in path.read_bytes().splitlines()]
+    try:
+        return tuple(HeldOut(_context(row["context"]), tuple(row["clicked"])) for row in rows)
+    except (TypeError, KeyError) as error:
+        raise ConfigError(f"{HELD_OUT}: {error}") from error
 
 
 def open_parts(
@@ -256,13 +279,17 @@ def _open_graphs(folder: Path, manifest: Manifest) -> tuple[Path | None, dict[st
 
 def _example(line: bytes) -> GoldenExample:
     raw = orjson.loads(line)
-    context: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw["context"].items()}
     try:
         return GoldenExample(
-            context=SearchContext(**context),
+            context=_context(raw["context"]),
             ids=tuple(raw["ids"]),
             codes=tuple(tuple(c) for c in raw["codes"]),
             scores=tuple(raw["scores"]),
         )
     except TypeError as error:
         raise ConfigError(f"examples.jsonl: {error}") from error
+
+
+def _context(raw: Mapping[str, Any]) -> SearchContext:
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
+    return SearchContext(**values)

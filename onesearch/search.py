@@ -19,12 +19,12 @@ from onesearch.context import SearchContext, SidLookup
 from onesearch.decode import BeamConfig, BeamResult, Score, StepFn, beam_search
 from onesearch.errors import DeadlineError
 from onesearch.live import LiveCatalog, Popularity, Selection, Snapshot
-from onesearch.runtime import Decoder
+from onesearch.runtime import Decoder, Precision
 from onesearch.sequence import Prompt
 from onesearch.sid import Codes
 
 GOLDEN_TOP = 50
-GOLDEN_TOLERANCE = 1e-3
+GOLDEN_TOLERANCE: dict[Precision, float] = {"fp32": 1e-3, "int8": 0.5}
 
 
 @dataclass(frozen=True)
@@ -175,8 +175,11 @@ def golden_example(searcher: Searcher, context: SearchContext, width: int = 512)
     )
 
 
-def replay(searcher: Searcher, examples: Sequence[GoldenExample], width: int = 512) -> list[str]:
-    """Faults of golden examples: prompt ids must be equal, the top SIDs and scores equal within tolerance.
+def replay(
+    searcher: Searcher, examples: Sequence[GoldenExample], precision: Precision = "fp32", width: int = 512
+) -> list[str]:
+    """Faults of golden examples: prompt ids must be equal, the top SIDs and scores equal within the precision's
+    tolerance.
 
     Two SIDs may trade places only when their recorded scores differ by less than the tolerance.
     """
@@ -185,8 +188,8 @@ def replay(searcher: Searcher, examples: Sequence[GoldenExample], width: int = 5
         found = golden_example(searcher, golden.context, width)
         if found.ids != golden.ids:
             faults.append(f"example {number}: prompt renders to other ids")
-        elif (gap := score_gap(golden, found)) > GOLDEN_TOLERANCE:
-            faults.append(f"example {number}: scores differ by {gap:.2g}, allowed {GOLDEN_TOLERANCE}")
+        elif (gap := score_gap(golden, found)) > GOLDEN_TOLERANCE[precision]:
+            faults.append(f"example {number}: scores differ by {gap:.2g}, allowed {GOLDEN_TOLERANCE[precision]}")
     return faults
 
 

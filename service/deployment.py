@@ -10,7 +10,7 @@ from onesearch.bundle import Bundle, open_bundle
 from onesearch.errors import BundleError, ConfigError, FaultsError, OneSearchError
 from onesearch.live import LiveCatalog
 from onesearch.rates import CalibratedRates
-from onesearch.runtime import Decoder, OnnxDecoder
+from onesearch.runtime import Decoder, open_decoder
 from onesearch.search import Searcher, SearchOptions, replay
 from service.inference import EmbeddedRunner, InferenceRunner
 from service.settings import Settings
@@ -116,7 +116,7 @@ def open_engine(name: str, bundle: Bundle, settings: Settings, rates: Calibrated
         assert decoder is not None
         searcher = Searcher(bundle, decoder)
         runner: InferenceRunner = EmbeddedRunner(searcher, settings.concurrency)
-        check: Callable[[], list[str]] = partial(replay, searcher, bundle.examples)
+        check: Callable[[], list[str]] = partial(replay, searcher, bundle.examples, settings.precision)
     else:
         searcher, runner, check = _on_triton(name, bundle, settings, decoder)
     searcher.popularity = rates
@@ -135,7 +135,10 @@ def open_engine(name: str, bundle: Bundle, settings: Settings, rates: Calibrated
 def _decoder(bundle: Bundle, settings: Settings) -> Decoder:
     if bundle.graphs is None:
         raise BundleError(f"bundle {bundle.path}", [f"has no graphs; run: onesearch-export {bundle.path}"])
-    return OnnxDecoder(bundle.graphs, bundle.renderer.sids, bundle.renderer.bos, settings.threads)
+    if (precision := settings.precision) not in bundle.graph_stamp["parity"]:
+        fault = f"was exported without {precision}; run: onesearch-export {bundle.path} --precision {precision}"
+        raise BundleError(f"bundle {bundle.path}", [fault])
+    return open_decoder(bundle.graphs, bundle.renderer.sids, bundle.renderer.bos, settings.threads, precision)
 
 
 def _on_triton(

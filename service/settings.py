@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from onesearch.errors import ConfigError
+from onesearch.runtime import Precision
 
 PREFIX = "ONESEARCH_"
 
@@ -60,6 +61,7 @@ class Settings(BaseSettings):
         default=1000, ge=1, le=60_000, description="longest wait for the inference server"
     )
     threads: int = Field(default=1, ge=1, le=256, description="threads of one model call")
+    precision: Precision = Field(default="fp32", description="fp32, or int8 for bundles exported with it")
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="log threshold")
     traces: str | None = Field(default=None, description="OTLP/HTTP endpoint that traces are sent to")
     notice_seconds: float = Field(default=1.0, ge=0, le=600, description="not ready but serving, before shutdown")

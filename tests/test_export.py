@@ -1,13 +1,15 @@
+import json
 import shutil
 from dataclasses import replace
 
 import numpy as np
 import onnx
 import pytest
+import torch
 from tiny_bundle import write_tiny_bundle
 from typer.testing import CliRunner
 
-from model_export import cli, parity, to_onnx
+from model_export import cli, gate, parity, quantise, to_onnx
 from model_export.cli import export_onnx
 from model_export.parity import Comparison, Parity
 from onesearch.bundle import open_bundle
@@ -70,6 +72,49 @@ def test_the_stamp_says_what_was_made_and_how_close_it_is(exported):
     assert fp32["examples"] == 3 and fp32["overlap_top_10"] == 1
     assert 0 < fp32["logits"] <= 1e-4 and fp32["scores"] <= 1e-4
     assert fp32["logits"] < int8["logits"] < 0.5 and int8["overlap_top_10"] > 0.5
+
+
+def test_int8_is_stamped_with_its_held_out_searches(exported):
+    int8 = exported[1]["parity"]["int8"]
+    assert int8["searches"] == 2 and int8["overlap_top_10"] >= 0.95
+    assert int8["hr_10_change"][0] <= int8["hr_10_int8"] - int8["hr_10_fp32"] <= int8["hr_10_change"][1]
+
+
+def test_int8_needs_held_out_searches(bundle_path, quick_export):
+    manifest = json.loads((bundle_path / "manifest.json").read_bytes())
+    del manifest["files"]["held_out.jsonl"]
+    (bundle_path / "manifest.json").write_text(json.dumps(manifest))
+    (bundle_path / "held_out.jsonl").unlink()
+    result = command(bundle_path, "--precision", "int8")
+    assert result.exit_code == 2 and "held_out.jsonl: holds nothing" in result.output
+    assert command(bundle_path).exit_code == 0
+
+
+def test_int8_that_loses_results_is_not_stamped(bundle_path, quick_export, monkeypatch):
+    pack = quantise.quantise
+
+    def blurred(model, graphs):
+        with torch.no_grad():
+            for layer in model.bart.decoder.layers:
+                layer.fc2.weight.add_(torch.randn_like(layer.fc2.weight))
+        pack(model, graphs)
+
+    shutil.rmtree(bundle_path / "graphs")
+    monkeypatch.setattr(quantise, "quantise", blurred)
+    monkeypatch.setitem(parity.LIMITS, "int8", parity.Limits())
+    with pytest.raises(ExportError, match=r"int8: top 10 overlaps fp32 by 0\.\d+ on 2 held-out searches"):
+        export_onnx(bundle_path, "int8", lambda step: None)
+    assert open_bundle(bundle_path).graphs is None
+
+
+def test_the_gate_refuses_a_loss_that_its_interval_can_see():
+    fine = gate.Gate(500, 0.97, 0.30, 0.29, -0.01, 0.012)
+    assert fine.faults() == []
+    (fault,) = replace(fine, half_width=0.008).faults()
+    assert fault.startswith(
+        "int8: HR@10 is 0.290, fp32 has 0.300 on 500 held-out searches: a loss of 0.010 ± 0.008"
+    )
+    assert len(replace(fine, overlap=float("nan"), change=float("nan")).faults()) == 2
 
 
 def test_graphs_have_named_axes_and_no_traces_of_the_machine(exported):

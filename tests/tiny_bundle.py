@@ -6,7 +6,7 @@ import numpy as np
 import polars as pl
 from tiny import tiny_model
 
-from onesearch.bundle import open_renderer
+from onesearch.bundle import HeldOut, open_renderer
 from onesearch.context import SearchContext
 from onesearch.model import OneSearchModel
 from onesearch.sequence import SequenceConfig
@@ -25,6 +25,7 @@ GOLDEN = (
     SearchContext("blue bag", "24-30 F", ("lamp",), (3, 4), (3, 4, 5)),
     SearchContext("тапочки 拖鞋"),
 )
+HELD_OUT = (HeldOut(GOLDEN[0], (1, 2)), HeldOut(GOLDEN[1], (17,)))
 VARIANTS = {
     "control": {"keywords": False, "width": 512, "score": "level", "weight": 50.0},
     "keywords": {"keywords": True, "width": 512, "score": "level", "weight": 50.0},
@@ -68,7 +69,9 @@ def write_tiny_bundle(folder: Path, backbone: str = "bart") -> tuple[Path, OneSe
     write_tiny_identifiers(folder / "identifiers")
     model = tiny_model(open_renderer(folder / "identifiers"), backbone=backbone)
     target = folder / "bundle"
-    write_bundle(folder / "identifiers", model, GOLDEN, target, {"name": "tiny", "variants": VARIANTS}, {})
+    write_bundle(
+        folder / "identifiers", model, GOLDEN, HELD_OUT, target, {"name": "tiny", "variants": VARIANTS}, {}
+    )
     return target, model
 
 

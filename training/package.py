@@ -14,7 +14,7 @@ import polars as pl
 from tokenizers import Tokenizer
 
 from onesearch.arrays import write_atomically
-from onesearch.bundle import SCHEMA_VERSION, Manifest, open_parts, seal
+from onesearch.bundle import HELD_OUT, SCHEMA_VERSION, HeldOut, Manifest, open_parts, seal
 from onesearch.catalog import Item, write_catalog
 from onesearch.context import SearchContext
 from onesearch.embedder import TextEmbedder
@@ -63,11 +63,13 @@ def write_bundle(
     identifiers: Path,
     model: OneSearchModel,
     contexts: Sequence[SearchContext],
+    held_out: Sequence[HeldOut],
     target: Path,
     recipe: Mapping[str, Any],
     metrics: Mapping[str, Any],
 ) -> Manifest:
-    """Copy the identifier parts, add the model, record golden examples through the torch decoder, and seal.
+    """Copy the identifier parts, add the model, golden examples recorded through the torch decoder, and held-out
+    searches, and seal.
 
     Raises BundleError when `target` exists. `target` appears whole or not at all.
     """
@@ -81,6 +83,7 @@ def write_bundle(
     searcher = Searcher(bundle, TorchDecoder(model, bundle.renderer))
     golden = [golden_example(searcher, context) for context in track(contexts, "golden examples")]
     (parts / "examples.jsonl").write_bytes(b"\n".join(example.to_json() for example in golden))
+    (parts / HELD_OUT).write_bytes(b"\n".join(search.to_json() for search in held_out))
     created = datetime.now(UTC).isoformat(timespec="seconds")
     return seal(parts, target, recipe=recipe, metrics=metrics, created=created)
 

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from onesearch import __version__
 from onesearch.arrays import write_atomically
-from onesearch.bundle import SCHEMA_VERSION, Bundle, Manifest, open_bundle, open_parts, sha256
+from onesearch.bundle import SCHEMA_VERSION, Bundle, HeldOut, Manifest, open_bundle, open_parts, sha256
 from onesearch.context import SearchContext
 from onesearch.embedder import KeywordEmbedder, TextEmbedder
 from onesearch.errors import BundleError, OneSearchError
@@ -28,9 +28,8 @@ from training.bootstrap import with_queries
 from training.codebooks import fit_codebooks
 from training.embedder import ClickPairs, fit_embedder
 from training.keywords import mine_keywords
-from training.oracle import oracle_keywords
 from training.package import Identifiers, catalog_items, recipe_json, write_bundle, write_identifiers
-from training.page_keywords import KeywordProvider, rule_keywords
+from training.page_keywords import rule_keywords
 from training.parallel import processes, rank, wait
 from training.progress import StageMeters
 from training.recipe import Recipe, load_recipe
@@ -42,6 +41,7 @@ from training.tables import Tables, load_tables
 from training.tokenizer import train_tokenizer
 from training.train import train
 
+_HELD_OUT_SEARCHES = 500
 _FOREIGN_QUERY = "蓝色 башмаки ζ 42"  # a golden example in scripts the shop never saw
 _console = Console(stderr=True)
 
@@ -78,14 +78,14 @@ def train_bundle(recipe: Recipe, data: Path, out: Path, work: Work) -> Manifest:
     wait()
     bundle = open_parts(identifiers, Manifest(SCHEMA_VERSION, "", "", "", "", {}, {}, {}))
     before = {"identifiers": identifiers.name, **{k: plain[k] for k in _TRAIN_KEYS}}
-    model, losses = train(recipe, _sources(recipe, bundle, tables, training, data), work.folder, before)
+    model, losses = train(recipe, _sources(recipe, bundle, tables, training), work.folder, before)
     if rank() > 0:
         wait()
         return open_bundle(out).manifest
     report = orjson.loads((identifiers / "sid_report.json").read_bytes())
     held_out = [view for view in views if view.split != "train"] or training
-    golden = _golden_contexts(recipe, bundle, held_out)
-    manifest = write_bundle(identifiers, model, golden, out, plain, {"sid": report, "loss": losses})
+    golden, searches = _golden_contexts(recipe, bundle, held_out), _held_out_searches(held_out)
+    manifest = write_bundle(identifiers, model, golden, searches, out, plain, {"sid": report, "loss": losses})
     wait()
     return manifest
 
@@ -159,14 +159,7 @@ def click_pairs(
     return ClickPairs(columns[:, 0], columns[:, 1], columns[:, 2])
 
 
-def keyword_provider(recipe: Recipe, bundle: Bundle, tables: Tables, data: Path) -> KeywordProvider:
-    """Who makes the keywords of page views, as the recipe says. Raises DataError for an oracle without its truth."""
-    if recipe.data.keywords == "rules":
-        return rule_keywords(bundle.keywords)
-    return oracle_keywords(data, tables.items, recipe.data.keyword_recall, recipe.data.keyword_noise, recipe.seed)
-
-
-def _sources(recipe: Recipe, bundle: Bundle, tables: Tables, views: Sequence[PageView], data: Path) -> Sources:
+def _sources(recipe: Recipe, bundle: Bundle, tables: Tables, views: Sequence[PageView]) -> Sources:
     queries = list(dict.fromkeys(view.context.query for view in views))
     catalog = bundle.catalog
     return Sources(
@@ -174,7 +167,7 @@ def _sources(recipe: Recipe, bundle: Bundle, tables: Tables, views: Sequence[Pag
         encoder=bundle.encoder,
         items=tables.items,
         views=views,
-        keywords=keyword_provider(recipe, bundle, tables, data)(views),
+        keywords=rule_keywords(bundle.keywords)(views),
         item_sids=dict(zip(catalog.item_ids.tolist(), catalog.sids, strict=True)),
         query_sids=dict(zip(queries, bundle.encoder.query_sids(queries), strict=True)),
         anonymous_share=recipe.data.anonymous_share,
@@ -189,6 +182,13 @@ def _golden_contexts(recipe: Recipe, bundle: Bundle, views: Sequence[PageView]) 
     for i in range(0, len(contexts), 3):
         contexts[i] = replace(contexts[i], keywords=bundle.keywords.match(contexts[i].query))
     return [*contexts, SearchContext(_FOREIGN_QUERY)]
+
+
+def _held_out_searches(views: Sequence[PageView]) -> list[HeldOut]:
+    """Searches with clicks, spread over time, on which the exporter compares int8 with fp32."""
+    clicked = [view for view in views if view.clicked]
+    every = max(1, len(clicked) // _HELD_OUT_SEARCHES)
+    return [HeldOut(view.context, view.clicked) for view in clicked[::every][:_HELD_OUT_SEARCHES]]
 
 
 def _categories(tables: Tables) -> list[str]:
