@@ -28,8 +28,7 @@ class BeamSearch {
       throw std::invalid_argument("expected 1 <= top_n <= width, got top_n " + std::to_string(options_.top_n) +
                                   " and width " + std::to_string(options_.width));
     if (const auto root = layers_.root()) {
-      prefixes_.resize(levels());
-      beams_.push_back({0.0, *root, 0, options_.legal && layers_.is_chain(0, *root)});
+      beams_.push_back({{}, 0.0, *root, 0, options_.legal && layers_.is_chain(0, *root)});
     }
     begin_level();
   }
@@ -45,7 +44,7 @@ class BeamSearch {
 
   // Prefixes of the rows: out is [rows, level].
   void write_rows(Code* out) const {
-    for (const std::uint32_t b : asked_) out = std::copy_n(prefix(b), level_, out);
+    for (const std::uint32_t b : asked_) out = std::copy_n(beams_[b].codes.begin(), level_, out);
   }
 
   // Row of each row's parent among those of the previous level: out is [rows].
@@ -55,6 +54,11 @@ class BeamSearch {
 
   // Logits are [rows, row_size]. Throws std::invalid_argument naming a value that is not finite.
   void advance(const float* logits) {
+    row_max_.resize(rows());
+    for (std::uint32_t r = 0; r < rows(); ++r) {
+      row_max_[r] = kernels_.max_finite(logits + r * row_size(), row_size());
+      if (std::isnan(row_max_[r])) throw_not_finite(logits + r * row_size(), r);
+    }
     for (const std::uint32_t row : best_first()) scan(row, logits);
     if (ask_more()) return;
     follow(logits);
@@ -68,14 +72,18 @@ class BeamSearch {
     std::stable_sort(order.begin(), order.end(),
                      [this](std::uint32_t a, std::uint32_t b) { return beams_[a].score > beams_[b].score; });
     for (const std::uint32_t b : order) {
-      codes = std::copy_n(prefix(b), levels(), codes);
+      codes = std::copy_n(beams_[b].codes.begin(), levels(), codes);
       *scores++ = static_cast<float>(beams_[b].score);
       *leaves++ = layers_.leaf(beams_[b].nodes);
     }
   }
 
  private:
+  static constexpr std::size_t kFew = 8;          // values not worth a call of a vector kernel
+  static constexpr double kLimitMargin = 1.00001;  // more than the rounding of the limit and of the sums
+
   struct Beam {
+    std::array<Code, kMaxLevels> codes;
     double score;
     Nodes nodes;
     std::uint32_t parent;  // row of the parent in its level
@@ -87,7 +95,6 @@ class BeamSearch {
     float max;
   };
 
-  const Code* prefix(std::size_t b) const { return prefixes_.data() + b * levels(); }
   bool last() const { return level_ + 1 == levels(); }
 
   [[noreturn]] void throw_not_finite(const float* logits, std::size_t row) const {
@@ -160,30 +167,35 @@ class BeamSearch {
   }
 
   // All rows, those of the best eighth of the beams first: they raise the floor that spares the others most of the
-  // work.
+  // work. Both parts are in memory order, which the processor fetches ahead.
   const std::vector<std::uint32_t>& best_first() {
-    order_.resize(asked_.size());
-    std::iota(order_.begin(), order_.end(), 0u);
-    std::nth_element(
-        order_.begin(), order_.begin() + static_cast<std::ptrdiff_t>(order_.size() / 8), order_.end(),
-        [this](std::uint32_t a, std::uint32_t b) { return beams_[asked_[a]].score > beams_[asked_[b]].score; });
+    order_.clear();
+    if (asked_.empty()) return order_;
+    scores_.clear();
+    for (const std::uint32_t b : asked_) scores_.push_back(beams_[b].score);
+    const auto bar = scores_.begin() + static_cast<std::ptrdiff_t>(scores_.size() / 8);
+    std::nth_element(scores_.begin(), bar, scores_.end(), std::greater<>());
+    for (const bool good : {true, false})
+      for (std::uint32_t r = 0; r < asked_.size(); ++r)
+        if ((beams_[asked_[r]].score > *bar) == good) order_.push_back(r);
     return order_;
   }
 
   void scan(std::uint32_t r, const float* logits) {
     const std::uint32_t b = asked_[r];
-    const Beam& beam = beams_[b];
     const float* row = logits + r * row_size();
-    const float row_max = kernels_.max_finite(row, row_size());
-    if (std::isnan(row_max)) throw_not_finite(row, r);
-    collect(children_[b], row);
-    const float best = kernels_.max_finite(values_.data(), values_.size());
+    const float row_max = row_max_[r];
+    if (beams_[b].score < best_.lowest_score()) return;
+    const float best = collect(children_[b], row);
     const float max = options_.legal ? best : row_max;
-    // The logarithm below is never negative: most hopeless beams need no exponentials.
-    if (beam.score + (static_cast<double>(best) - static_cast<double>(max)) < best_.lowest_score()) return;
-    const double sum = options_.legal ? kernels_.sum_exp(values_.data(), values_.size(), max)
-                                      : kernels_.sum_exp(row, row_size(), max);
-    softmax_[b] = {beam.score - std::log(sum), max};
+    // How large the logarithm of the sum may be; it is never negative.
+    const double slack = beams_[b].score + (static_cast<double>(best) - static_cast<double>(max)) - best_.lowest_score();
+    if (slack < 0) return;
+    const double limit = static_cast<double>(std::exp(static_cast<float>(slack))) * kLimitMargin;
+    const double sum = options_.legal ? kernels_.sum_exp(values_.data(), values_.size(), max, limit)
+                                      : kernels_.sum_exp(row, row_size(), max, limit);
+    if (sum > limit) return;
+    softmax_[b] = {beams_[b].score - std::log(sum), max};
     const bool numbered = renumber(children_[b]);
     for (const std::uint32_t hit : hits(b))
       best_.push(make_key(score(b, values_[hit]), first_place_[b] + (numbered ? places_[hit] : hit)));
@@ -193,13 +205,13 @@ class BeamSearch {
   bool renumber(const Children& children) const { return layers_.base().mask || !children.alone.empty(); }
 
   // Logits of a prefix's legal children, in code order, to values_ and, where renumber says so, their places to
-  // places_.
-  void collect(const Children& children, const float* row) {
+  // places_. Returns the largest.
+  float collect(const Children& children, const float* row) {
     const Code* codes = layers_.level(level_).codes + children.begin;
     values_.resize(children.places());
     if (!renumber(children)) {
       for (std::uint32_t i = 0; i < children.size; ++i) values_[i] = row[codes[i]];
-      return;
+      return largest();
     }
     places_.resize(children.places());
     std::uint32_t count = 0, k = 0;
@@ -217,6 +229,13 @@ class BeamSearch {
     }
     add_alone_before(children.size + k);
     values_.resize(count);
+    return largest();
+  }
+
+  // The largest of values_; most nodes of the lower levels have a child or two.
+  float largest() const {
+    if (values_.size() > kFew) return kernels_.max_finite(values_.data(), values_.size());
+    return *std::max_element(values_.begin(), values_.end());
   }
 
   // Positions in values_ that may still reach the floor. Rounding the bar down by one float keeps the filter safe:
@@ -225,6 +244,7 @@ class BeamSearch {
     const double lowest = best_.lowest_score() - softmax_[b].base + static_cast<double>(softmax_[b].max);
     const float bar = std::nextafter(static_cast<float>(lowest), -std::numeric_limits<float>::infinity());
     hits_.resize(std::max(hits_.size(), values_.size()));
+    if (values_.size() <= kFew) return {hits_.data(), portable::at_least(values_.data(), values_.size(), bar, hits_.data())};
     return {hits_.data(), kernels_.at_least(values_.data(), values_.size(), bar, hits_.data())};
   }
 
@@ -235,17 +255,14 @@ class BeamSearch {
   // Make the chosen candidates the new beams. Beams and places are both in code order, so parents are found by a
   // merge.
   void follow(const float* logits) {
-    const std::size_t depth = levels();
     const std::vector<Key>& keys = best_.finish();
     next_beams_.clear();
-    next_prefixes_.resize(keys.size() * depth);
     std::uint32_t b = 0, row = 0;
     for (const Key key : keys) {
       for (; place_of(key) >= first_place_[b + 1]; ++b) row += !beams_[b].settled;
       const Beam& parent = beams_[b];
-      Beam child{parent.score, children_[b].at(place_of(key) - first_place_[b]), row, parent.settled};
-      const Code code = layers_.code(level_, child.nodes);
-      *std::copy_n(prefix(b), level_, next_prefixes_.data() + next_beams_.size() * depth) = code;
+      Beam child{parent.codes, parent.score, children_[b].at(place_of(key) - first_place_[b]), row, parent.settled};
+      const Code code = child.codes[level_] = layers_.code(level_, child.nodes);
       if (last()) {  // its logits may be gone, and nobody needs more than a float any more
         child.score = score_of(key);
       } else if (!parent.settled) {
@@ -255,7 +272,6 @@ class BeamSearch {
       next_beams_.push_back(child);
     }
     beams_.swap(next_beams_);
-    prefixes_.swap(next_prefixes_);
     kept_.push_back(beams_.size());
     ++level_;
   }
@@ -265,7 +281,6 @@ class BeamSearch {
   const Kernels& kernels_;
   std::uint32_t level_ = 0;
   std::vector<Beam> beams_, next_beams_;
-  std::vector<Code> prefixes_, next_prefixes_;  // [beams, levels]
   std::vector<std::uint32_t> asked_;            // beam of each row, in code order
   std::vector<std::uint32_t> waiting_;          // beams without a row yet, the best last
   std::vector<std::size_t> kept_;
@@ -280,10 +295,11 @@ class BeamSearch {
   };
   std::vector<Contribution> added_;
   std::vector<Softmax> softmax_;
+  std::vector<double> scores_;
   BestKeys best_;
   // Of one row.
   std::vector<std::uint32_t> order_, hits_, places_;
-  std::vector<float> values_;
+  std::vector<float> values_, row_max_;
 };
 
 }  // namespace sid

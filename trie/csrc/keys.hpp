@@ -5,6 +5,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <cmath>
 #include <cstdint>
@@ -31,12 +32,13 @@ inline Key make_key(double score, std::uint32_t place) {
 inline std::uint32_t place_of(Key key) { return ~static_cast<std::uint32_t>(key); }
 inline float score_of(Key key) { return unordered(static_cast<std::uint32_t>(key >> 32)); }
 
-// Keeps the `capacity` largest keys; `floor` is the key a newcomer must beat.
+// Keeps the `capacity` largest keys, in the order in which they came; `floor` is the key a newcomer must beat.
 class BestKeys {
  public:
   void reset(std::size_t capacity) {
     capacity_ = capacity;
     floor_ = 0;
+    lowest_ = -std::numeric_limits<double>::infinity();
     keys_.clear();
   }
   void push(Key key) {
@@ -45,35 +47,64 @@ class BestKeys {
     if (keys_.size() >= kSlack * capacity_) cut();
   }
   // Lowest double whose float rounding can still reach the floor.
-  double lowest_score() const {
-    if (floor_ == 0) return -std::numeric_limits<double>::infinity();
-    return std::nextafter(score_of(floor_), -std::numeric_limits<float>::infinity());
-  }
+  double lowest_score() const { return lowest_; }
   // True when no candidate that scores at most `score` can be among the best any more.
   bool beats(double score) {
     if (keys_.size() >= capacity_) cut();
     return floor_ != 0 && static_cast<float>(score) < score_of(floor_);
   }
-  // The best keys in code order.
+  // The best keys in code order. Whoever pushes few ascending runs of places pays for few merges.
   const std::vector<Key>& finish() {
     if (keys_.size() > capacity_) cut();
-    std::sort(keys_.begin(), keys_.end(), [](Key a, Key b) { return place_of(a) < place_of(b); });
+    const auto before = [](Key a, Key b) { return place_of(a) < place_of(b); };
+    for (auto end = std::is_sorted_until(keys_.begin(), keys_.end(), before); end != keys_.end();) {
+      const auto next = std::is_sorted_until(end, keys_.end(), before);
+      std::inplace_merge(keys_.begin(), end, next, before);
+      end = next;
+    }
     return keys_;
   }
 
  private:
-  static constexpr std::size_t kSlack = 4;  // newcomers collected before the next cut
+  static constexpr std::size_t kSlack = 3;  // newcomers collected before the next cut
+  static constexpr int kBucketBits = 9;
 
   void cut() {
-    const auto last = keys_.begin() + static_cast<std::ptrdiff_t>(capacity_ - 1);
-    std::nth_element(keys_.begin(), last, keys_.end(), std::greater<>());
-    keys_.resize(capacity_);
-    floor_ = keys_.back();
+    floor_ = capacity_th();
+    lowest_ = std::nextafter(score_of(floor_), -std::numeric_limits<float>::infinity());
+    std::size_t kept = 0;
+    for (const Key key : keys_) {  // without a branch that nobody can predict
+      keys_[kept] = key;
+      kept += key >= floor_;
+    }
+    keys_.resize(kept);
+  }
+
+  // The capacity-th largest key: counted into buckets of equal width, then selected within one of them.
+  Key capacity_th() {
+    const auto [lowest, highest] = std::minmax_element(keys_.begin(), keys_.end());
+    const Key low = *lowest;
+    const int shift = std::max(0, static_cast<int>(std::bit_width(*highest - low)) - kBucketBits);
+    std::array<std::uint32_t, std::size_t{1} << kBucketBits> count{};
+    for (const Key key : keys_) ++count[(key - low) >> shift];
+    std::size_t bucket = count.size(), above = 0;
+    while (above + count[bucket - 1] < capacity_) above += count[--bucket];
+    --bucket;
+    near_.resize(keys_.size() + 1);
+    std::size_t found = 0;
+    for (const Key key : keys_) {
+      near_[found] = key;
+      found += (key - low) >> shift == bucket;
+    }
+    const auto nth = near_.begin() + static_cast<std::ptrdiff_t>(capacity_ - above - 1);
+    std::nth_element(near_.begin(), nth, near_.begin() + static_cast<std::ptrdiff_t>(found), std::greater<>());
+    return *nth;
   }
 
   std::size_t capacity_ = 1;
   Key floor_ = 0;
-  std::vector<Key> keys_;
+  double lowest_ = -std::numeric_limits<double>::infinity();
+  std::vector<Key> keys_, near_;
 };
 
 }  // namespace sid

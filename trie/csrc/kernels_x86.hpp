@@ -1,0 +1,233 @@
+// The loops of kernels.hpp for x86-64 with AVX2 and with AVX-512; see there for what they compute.
+#pragma once
+
+// GCC 12 calls the undefined lanes inside its own intrinsics uninitialised (bug 105593).
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+#include <immintrin.h>
+
+#include "kernels.hpp"
+
+namespace sid {
+
+namespace avx2 {
+
+#define SID_AVX2 __attribute__((target("avx2,fma")))
+
+SID_AVX2 inline float max_finite(const float* x, std::size_t n) {
+  const __m256 zero = _mm256_setzero_ps();
+  const __m256 lowest = _mm256_set1_ps(-std::numeric_limits<float>::infinity());
+  __m256 max[4] = {lowest, lowest, lowest, lowest};
+  __m256 taint[4] = {zero, zero, zero, zero};
+  std::size_t i = 0;
+  for (; i + 32 <= n; i += 32)
+    for (std::size_t j = 0; j < 4; ++j) {
+      const __m256 v = _mm256_loadu_ps(x + i + 8 * j);
+      max[j] = _mm256_max_ps(max[j], v);
+      taint[j] = _mm256_fmadd_ps(v, zero, taint[j]);
+    }
+  for (std::size_t j = 1; j < 4; ++j) {
+    max[0] = _mm256_max_ps(max[0], max[j]);
+    taint[0] = _mm256_add_ps(taint[0], taint[j]);
+  }
+  alignas(32) std::array<float, 8> lane_max, lane_taint;
+  _mm256_store_ps(lane_max.data(), max[0]);
+  _mm256_store_ps(lane_taint.data(), taint[0]);
+  float result = lane_max[0], tainted = lane_taint[0];
+  for (std::size_t lane = 1; lane < 8; ++lane) {
+    result = std::max(result, lane_max[lane]);
+    tainted += lane_taint[lane];
+  }
+  for (; i < n; ++i) {
+    result = std::max(result, x[i]);
+    tainted += x[i] * 0.0f;
+  }
+  return result + tainted;
+}
+
+// exp(x[i] - max) of 8 * W floats, added to double accumulators. W vectors go in lockstep, because one polynomial
+// alone waits for its own results.
+template <int W>
+SID_AVX2 inline void add_terms(const float* x, __m256 max, __m256d& low, __m256d& high) {
+  using namespace expf_constants;
+  const __m256 round = _mm256_set1_ps(kRound), one = _mm256_set1_ps(1.0f);
+  __m256 r[W], shifted[W], p[W];
+  for (int j = 0; j < W; ++j) {
+    r[j] = _mm256_max_ps(_mm256_sub_ps(_mm256_loadu_ps(x + 8 * j), max), _mm256_set1_ps(kFloor));
+    shifted[j] = _mm256_fmadd_ps(r[j], _mm256_set1_ps(kLog2e), round);
+  }
+  for (int j = 0; j < W; ++j) {
+    const __m256 k = _mm256_sub_ps(shifted[j], round);
+    r[j] = _mm256_fnmadd_ps(k, _mm256_set1_ps(kLn2High), r[j]);
+    r[j] = _mm256_fnmadd_ps(k, _mm256_set1_ps(kLn2Low), r[j]);
+    p[j] = _mm256_set1_ps(kPoly[0]);
+  }
+  for (std::size_t c = 1; c < kPoly.size(); ++c)
+    for (int j = 0; j < W; ++j) p[j] = _mm256_fmadd_ps(p[j], r[j], _mm256_set1_ps(kPoly[c]));
+  for (int j = 0; j < W; ++j) p[j] = _mm256_fmadd_ps(_mm256_fmadd_ps(p[j], r[j], one), r[j], one);
+  for (int j = 0; j < W; ++j) {
+    const __m256i exponent = _mm256_slli_epi32(_mm256_castps_si256(shifted[j]), 23);
+    const __m256 e = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p[j]), exponent));
+    low = _mm256_add_pd(low, _mm256_cvtps_pd(_mm256_castps256_ps128(e)));
+    high = _mm256_add_pd(high, _mm256_cvtps_pd(_mm256_extractf128_ps(e, 1)));
+  }
+}
+
+SID_AVX2 inline double sum_block(const float* x, std::size_t n, float max) {
+  const __m256 shift = _mm256_set1_ps(max);
+  __m256d low = _mm256_setzero_pd(), high = _mm256_setzero_pd();
+  std::size_t i = 0;
+  for (; i + 32 <= n; i += 32) add_terms<4>(x + i, shift, low, high);
+  for (; i + 8 <= n; i += 8) add_terms<1>(x + i, shift, low, high);
+  if (i < n) {  // padding adds e^-86 per lane: nothing beside the maximum's 1
+    alignas(32) std::array<float, 8> rest;
+    rest.fill(-std::numeric_limits<float>::infinity());
+    std::copy(x + i, x + n, rest.begin());
+    add_terms<1>(rest.data(), shift, low, high);
+  }
+  alignas(32) std::array<double, 4> sum;
+  _mm256_store_pd(sum.data(), _mm256_add_pd(low, high));
+  return (sum[0] + sum[2]) + (sum[1] + sum[3]);
+}
+
+inline double sum_exp(const float* x, std::size_t n, float max, double limit) {
+  double total = 0.0;
+  for (std::size_t i = 0; i < n && total <= limit; i += kSumBlock)
+    total += sum_block(x + i, std::min(kSumBlock, n - i), max);
+  return total;
+}
+
+SID_AVX2 inline std::size_t at_least(const float* x, std::size_t n, float bar, std::uint32_t* out) {
+  const __m256 limit = _mm256_set1_ps(bar);
+  std::size_t found = 0, i = 0;
+  for (; i + 8 <= n; i += 8) {
+    auto hits = static_cast<std::uint32_t>(
+        _mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(x + i), limit, _CMP_GE_OQ)));
+    for (; hits != 0; hits &= hits - 1) out[found++] = static_cast<std::uint32_t>(i + std::countr_zero(hits));
+  }
+  for (; i < n; ++i)
+    if (x[i] >= bar) out[found++] = static_cast<std::uint32_t>(i);
+  return found;
+}
+
+inline bool supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+
+#undef SID_AVX2
+
+constexpr Kernels kernels{max_finite, sum_exp, at_least};
+
+}  // namespace avx2
+
+namespace avx512 {
+
+#define SID_AVX512 __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl")))
+
+// The lanes of a vector that x[i …] still fills.
+inline __mmask16 lanes(std::size_t left) { return static_cast<__mmask16>(left >= 16 ? 0xFFFF : (1u << left) - 1); }
+
+SID_AVX512 inline float max_finite(const float* x, std::size_t n) {
+  const __m512 zero = _mm512_setzero_ps(), lowest = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+  __m512 max[4] = {lowest, lowest, lowest, lowest};
+  __m512 taint[4] = {zero, zero, zero, zero};
+  std::size_t i = 0;
+  for (; i + 64 <= n; i += 64)
+    for (std::size_t j = 0; j < 4; ++j) {
+      const __m512 v = _mm512_loadu_ps(x + i + 16 * j);
+      max[j] = _mm512_max_ps(max[j], v);
+      taint[j] = _mm512_fmadd_ps(v, zero, taint[j]);
+    }
+  for (; i < n; i += 16) {
+    const __mmask16 here = lanes(n - i);
+    const __m512 v = _mm512_maskz_loadu_ps(here, x + i);
+    max[0] = _mm512_mask_max_ps(max[0], here, max[0], v);
+    taint[0] = _mm512_fmadd_ps(v, zero, taint[0]);
+  }
+  for (std::size_t j = 1; j < 4; ++j) {
+    max[0] = _mm512_max_ps(max[0], max[j]);
+    taint[0] = _mm512_add_ps(taint[0], taint[j]);
+  }
+  if (_mm512_cmp_ps_mask(taint[0], taint[0], _CMP_UNORD_Q) != 0) return std::numeric_limits<float>::quiet_NaN();
+  return _mm512_reduce_max_ps(max[0]);
+}
+
+// exp(x - max) of W vectors in lockstep. In base 2: x log2(e) = k + f with |f| <= 1/2, 2^f by a degree-5 polynomial
+// (minimax with a constant term of exactly 1, relative error 1e-7). log2(e) as a float adds |x| 2e-8: nothing for the
+// terms that count in a sum.
+template <int W>
+SID_AVX512 inline void exp_terms(const __m512 (&x)[W], __m512 max, __m512 (&out)[W]) {
+  using namespace expf_constants;
+  constexpr float kPoly2[] = {0x1.5bba14p-10f, 0x1.3cea88p-7f, 0x1.c6b752p-5f, 0x1.ebf9bcp-3f, 0x1.62e42ap-1f, 1.0f};
+  const __m512 round = _mm512_set1_ps(kRound), scale = _mm512_set1_ps(kLog2e);
+  __m512 f[W], shifted[W];
+  for (int j = 0; j < W; ++j) {
+    f[j] = _mm512_max_ps(_mm512_sub_ps(x[j], max), _mm512_set1_ps(kFloor));
+    shifted[j] = _mm512_fmadd_ps(f[j], scale, round);
+  }
+  for (int j = 0; j < W; ++j) {
+    f[j] = _mm512_fmsub_ps(f[j], scale, _mm512_sub_ps(shifted[j], round));
+    out[j] = _mm512_set1_ps(kPoly2[0]);
+  }
+  for (int c = 1; c < 6; ++c)
+    for (int j = 0; j < W; ++j) out[j] = _mm512_fmadd_ps(out[j], f[j], _mm512_set1_ps(kPoly2[c]));
+  for (int j = 0; j < W; ++j) {
+    const __m512i exponent = _mm512_slli_epi32(_mm512_castps_si512(shifted[j]), 23);
+    out[j] = _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(out[j]), exponent));
+  }
+}
+
+SID_AVX512 inline __m512d widened(__m512 v) {  // pairs of lanes, added in double
+  return _mm512_add_pd(_mm512_cvtps_pd(_mm512_castps512_ps256(v)), _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1)));
+}
+
+// Eight terms are added as floats before they join the sum in double: three roundings, 2e-7 at worst.
+SID_AVX512 inline double sum_exp(const float* x, std::size_t n, float max, double limit) {
+  const __m512 shift = _mm512_set1_ps(max);
+  double total = 0.0;
+  std::size_t i = 0;
+  while (i + 128 <= n && total <= limit) {
+    __m512d sum = _mm512_setzero_pd();
+    for (const std::size_t end = std::min(i + kSumBlock, n); i + 128 <= end; i += 128) {
+      __m512 v[4], low[4], high[4];
+      for (int j = 0; j < 4; ++j) v[j] = _mm512_loadu_ps(x + i + static_cast<std::size_t>(16 * j));
+      exp_terms<4>(v, shift, low);
+      for (int j = 0; j < 4; ++j) v[j] = _mm512_loadu_ps(x + i + static_cast<std::size_t>(64 + 16 * j));
+      exp_terms<4>(v, shift, high);
+      for (int j = 0; j < 4; ++j) low[j] = _mm512_add_ps(low[j], high[j]);
+      sum = _mm512_add_pd(sum, widened(_mm512_add_ps(_mm512_add_ps(low[0], low[1]), _mm512_add_ps(low[2], low[3]))));
+    }
+    total += _mm512_reduce_add_pd(sum);
+  }
+  for (; i < n && total <= limit; i += 16) {
+    __m512 v[1] = {_mm512_mask_loadu_ps(_mm512_set1_ps(-std::numeric_limits<float>::infinity()), lanes(n - i), x + i)};
+    __m512 e[1];
+    exp_terms<1>(v, shift, e);
+    total += _mm512_reduce_add_pd(widened(e[0]));
+  }
+  return total;
+}
+
+SID_AVX512 inline std::size_t at_least(const float* x, std::size_t n, float bar, std::uint32_t* out) {
+  const __m512 limit = _mm512_set1_ps(bar);
+  std::size_t found = 0;
+  for (std::size_t i = 0; i < n; i += 16) {
+    const __mmask16 here = lanes(n - i);
+    std::uint32_t hits = _mm512_mask_cmp_ps_mask(here, _mm512_maskz_loadu_ps(here, x + i), limit, _CMP_GE_OQ);
+    for (; hits != 0; hits &= hits - 1) out[found++] = static_cast<std::uint32_t>(i + std::countr_zero(hits));
+  }
+  return found;
+}
+
+inline bool supported() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+}
+
+#undef SID_AVX512
+
+constexpr Kernels kernels{max_finite, sum_exp, at_least};
+
+}  // namespace avx512
+
+}  // namespace sid
