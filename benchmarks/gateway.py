@@ -90,8 +90,8 @@ def catalog(folder: Path) -> LiveCatalog:
 def serve_gateway(folder: Path, port: int) -> None:
     """Serve the real application over the instant model until stopped; the environment has the settings."""
     live = catalog(folder)
-    settings = load_settings(port=port, notice_seconds=0)
-    engine = Engine("bench", "m1", live, InstantModel(live), check=lambda: [])
+    settings = load_settings(port=port, catalog=folder / "catalog", notice_seconds=0)
+    engine = Engine("bench", "m1", "bench", live, InstantModel(live), check=lambda: [])
     deployment = Deployment([engine], WeightedSplit({"default": VariantOptions(bundle="bench")}))
     serve_app(create_app(settings, deployment, open_store(settings)), settings)
 

@@ -23,7 +23,7 @@ import numpy.typing as npt
 from onesearch.catalog import Catalog, Filters, Item, Rows, columns_of
 from onesearch.eligibility import Eligible
 from onesearch.sid import Codes
-from onesearch.versions import Version, list_versions, open_version, write_version
+from onesearch.versions import Version, open_version, write_version
 from trie import AnyMask, AnyTrie, Overlay, OverlayMask, SidTrie
 
 Quantise = Callable[[Sequence[str]], Codes]
@@ -128,6 +128,11 @@ class Snapshot:
     def ids_at(self, rows: Rows) -> npt.NDArray[np.int64]:
         """Item ids of rows, int64 [n]."""
         return self._gather(rows, self.base.catalog.item_ids, self.added.item_ids)
+
+    def sid(self, row: int) -> Codes:
+        """SID of one item, uint16 [L]."""
+        catalog, place = self._place(row)
+        return np.asarray(catalog.sids[place])
 
     def item_json(self, row: int) -> bytes:
         """Public fields of one item as JSON bytes."""
@@ -244,17 +249,14 @@ class LiveCatalog:
                 self.snapshot = self._make(news[-1].seq)
 
     def compact(self, folder: Path) -> None:
-        """Write all items as a new version into `folder`, unless a newer one is there, and go on from it.
+        """Write all items as a new version into `folder` and go on from it; changes and searches go on meanwhile.
 
-        Changes and searches go on meanwhile. A catalog without items stays as it is: a trie of nothing is no version.
+        A catalog without items stays as it is: a trie of nothing is no version.
         """
         seen = self.snapshot
-        if seen.num_items == 0 or seen.seq == seen.base.seq:
-            return
-        newest = max(list_versions(folder), default=0)
-        if newest < seen.seq:
+        if seen.num_items and seen.seq > seen.base.seq:
             write_version(folder, seen.base, seen.hidden, seen.added, seen.seq)
-        self.adopt(open_version(folder / str(max(newest, seen.seq))))
+            self.adopt(open_version(folder / str(seen.seq)))
 
     def adopt(self, version: Version) -> None:
         """Go on from a version of these items; the changes that it holds count as applied."""

@@ -8,10 +8,11 @@ from fastapi import FastAPI
 from starlette.staticfiles import StaticFiles
 
 from onesearch import __version__
-from service import problems, routes
+from service import admin, problems, routes
 from service.deployment import Deployment
 from service.envelope import Envelope
 from service.experiments_file import watch_experiments
+from service.items import Items
 from service.limits import RateLimit
 from service.memory import Memory
 from service.pipeline import Pipeline
@@ -28,6 +29,7 @@ def create_app(settings: Settings, deployment: Deployment, store: Store) -> Fast
     readiness = Readiness(deployment.engines)
     tracer = open_tracer(settings.traces) if settings.traces else None
     rate_limit = RateLimit(settings.rate_limit, settings.client_header) if settings.rate_limit else None
+    items = Items(deployment.engines, settings.catalog, settings.compact_after, metrics)
     for variant in deployment.variants.values():
         metrics.variant(variant.name, variant.engine.model_version, variant.engine.live.snapshot.version)
     app = FastAPI(
@@ -36,8 +38,11 @@ def create_app(settings: Settings, deployment: Deployment, store: Store) -> Fast
         description="Generative e-commerce search. Errors are problem+json (RFC 9457).",
         docs_url=None,
         redoc_url=None,
-        routes=list(routes.router.routes),  # a nested router is searched anew for every request
-        lifespan=_lifespan(settings, deployment, store, metrics, readiness, tracer),
+        routes=[
+            *routes.router.routes,
+            *admin.router.routes,
+        ],  # a nested router would be searched anew for every request
+        lifespan=_lifespan(settings, deployment, store, metrics, items, readiness, tracer),
     )
     app.state.readiness = readiness
     app.add_middleware(Envelope, metrics=metrics, readiness=readiness, rate_limit=rate_limit, tracer=tracer)
@@ -51,6 +56,7 @@ def _lifespan(
     deployment: Deployment,
     store: Store,
     metrics: Metrics,
+    items: Items,
     readiness: Readiness,
     tracer: Tracer | None,
 ) -> Callable[[FastAPI], AbstractAsyncContextManager[routes.Parts]]:
@@ -64,11 +70,14 @@ def _lifespan(
             "pipeline": Pipeline(deployment, memory, settings, metrics),
             "readiness": readiness,
             "metrics": metrics,
+            "items": items,
+            "admin_key": settings.admin_key,
         }
         for task in background:
             task.cancel()
         for engine in deployment.engines:
             await engine.runner.close()
+        await items.close()
         await memory.close()
         await store.close()
         if tracer:

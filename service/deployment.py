@@ -25,10 +25,12 @@ class Engine:
     """One open bundle with the runner that searches it. check replays its golden examples and returns faults.
 
     watched: the check may change its mind at any time, because the model is on a server.
+    identifiers names what turns items into SIDs: engines of the same identifiers and items share what is made of them.
     """
 
     name: str
     model_version: str
+    identifiers: str
     live: LiveCatalog
     runner: InferenceRunner
     check: Callable[[], list[str]]
@@ -124,6 +126,7 @@ def open_engine(name: str, bundle: Bundle, settings: Settings, rates: Calibrated
     return Engine(
         name=name,
         model_version=bundle.manifest.model_version,
+        identifiers=f"{bundle.manifest.catalog_version}-{bundle.manifest.digest[:12]}",
         live=searcher.live,
         runner=runner,
         check=check,

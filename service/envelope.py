@@ -20,7 +20,10 @@ from service.telemetry import Metrics
 from service.tracing import Tracer
 
 MAX_BODY_BYTES = 64 * 1024
-_MORE_BODY_BYTES = {"/v1/events": 2 * 1024 * 1024}  # routes that take many things at once
+_MORE_BODY_BYTES = {
+    "/v1/events": 2 * 1024 * 1024,
+    "/v1/items:bulk": 4 * 1024 * 1024,
+}  # routes that take many things at once
 _JSON = b"application/json"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 _QUIET = {"/healthz", "/readyz", "/metrics"}

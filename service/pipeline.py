@@ -139,13 +139,22 @@ class Pipeline:
         """Drop what is remembered of a user. Raises StateUnavailable."""
         await self._memory.forget(user)
 
+    def catalog_version(self) -> str:
+        """The version of the first bundle's items."""
+        return self._deployment.engines[0].live.snapshot.version
+
     def item(self, item_id: int) -> bytes:
         """The JSON of one item with its SID, from the first bundle that has it. Raises NotFound."""
         for engine in self._deployment.engines:
             snapshot = engine.live.snapshot
-            rows = snapshot.rows_of([item_id])
-            if len(rows):
-                return spliced({"sid": snapshot.sids_at(rows)[0].tolist()}, snapshot.item_json(int(rows[0])))
+            row = snapshot.row_of(item_id)
+            if row is not None:
+                fields = {
+                    "sid": snapshot.sid(row).tolist(),
+                    "published_at": snapshot.item(row).published_at or None,
+                    "catalog_version": snapshot.version,
+                }
+                return spliced(fields, snapshot.item_json(row))
         raise NotFound(f"item {item_id} is not in the catalog")
 
 

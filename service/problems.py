@@ -19,7 +19,7 @@ MEDIA_TYPE = "application/problem+json"
 # Where FastAPI says a field was found; of no use to the caller.
 _PLACES = {"body", "query", "path", "header"}
 _FORMS = {SINGLE_FORM, BATCH_FORM, LIST_FORM}
-_STATUS_HEADERS = {503: {"Retry-After": "1"}}
+_STATUS_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"}}
 
 
 def problem(
@@ -56,6 +56,20 @@ class NotFound(OneSearchError):
 
     code = "not-found"
     status = 404
+
+
+class Unauthorized(OneSearchError):
+    """The request does not carry the admin key."""
+
+    code = "unauthorized"
+    status = 401
+
+
+class Forbidden(OneSearchError):
+    """The service does not allow this to anybody."""
+
+    code = "forbidden"
+    status = 403
 
 
 class Refused(OneSearchError):

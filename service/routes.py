@@ -6,15 +6,18 @@ from typing import Annotated, Any, TypedDict, cast
 
 import orjson
 from fastapi import APIRouter, Path, Query, Request, Response
+from pydantic import SecretStr
 from starlette.responses import FileResponse, PlainTextResponse
 
 from service.deployment import Deployment
+from service.item_schemas import LiveItem
+from service.items import Items
 from service.pipeline import BUCKET_HEADER, DEADLINE_HEADER, MAX_DEADLINE_MS, VARIANT_HEADER, Caller, Pipeline
 from service.problems import MEDIA_TYPE, HeaderError
 from service.readiness import Readiness
 from service.schemas import (
+    BundleCatalog,
     CatalogInfo,
-    CatalogItem,
     EventAnswer,
     EventBatch,
     EventRequest,
@@ -42,6 +45,8 @@ class Parts(TypedDict):
     pipeline: Pipeline
     readiness: Readiness
     metrics: Metrics
+    items: Items
+    admin_key: SecretStr | None
 
 
 def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -50,7 +55,8 @@ def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"description": HTTPStatus(status).phrase, "content": content} for status in statuses}
 
 
-def _answers(model: type[Any], *problems: int, status: int = 200) -> dict[int | str, dict[str, Any]]:
+def answers(model: type[Any], *problems: int, status: int = 200) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI entries of an answer and of the problems instead of it."""
     return {status: {"model": model}, **_problems(*problems)}
 
 
@@ -73,6 +79,10 @@ def _pipeline(request: Request) -> Pipeline:
     return cast(Pipeline, request.state.pipeline)
 
 
+def _items(request: Request) -> Items:
+    return cast(Items, request.state.items)
+
+
 def _deadline(given: str | None, arrived: float) -> float | None:
     """The `time.monotonic()` until which the caller waits, from the header's milliseconds."""
     if given is None:
@@ -88,6 +98,7 @@ async def _search(request: Request, body: SearchRequest) -> Response:
     headers = request.headers
     deadline = _deadline(headers.get(DEADLINE_HEADER), request.state.arrived)
     caller = Caller(request.state.request_id, headers.get(VARIANT_HEADER), headers.get(BUCKET_HEADER), deadline)
+    await _items(request).catch_up()
     answer = await _pipeline(request).search(body, caller)
     request.state.variant, request.state.timings_ms = answer.variant, answer.timings_ms
     return Response(answer.body, media_type=_JSON, headers={"Cache-Control": "no-store"})
@@ -98,7 +109,7 @@ async def _search(request: Request, body: SearchRequest) -> Response:
     tags=["search"],
     summary="Search",
     openapi_extra=_HEADERS,
-    responses=_answers(SearchAnswer, 400, 413, 415, 422, 429, 503),
+    responses=answers(SearchAnswer, 400, 413, 415, 422, 429, 503),
 )
 async def search(request: Request, body: SearchRequest) -> Response:
     """Ranked items for a query, personalised by the user's history."""
@@ -110,7 +121,7 @@ async def search(request: Request, body: SearchRequest) -> Response:
     tags=["search"],
     summary="Search, for a browser",
     openapi_extra=_HEADERS,
-    responses=_answers(SearchAnswer, 400, 422, 429, 503),
+    responses=answers(SearchAnswer, 400, 422, 429, 503),
 )
 async def search_by_url(request: Request, given: Annotated[SearchParameters, Query()]) -> Response:
     """The same answer as `POST /v1/search`."""
@@ -122,7 +133,7 @@ async def search_by_url(request: Request, given: Annotated[SearchParameters, Que
     tags=["events"],
     summary="Record events",
     status_code=202,
-    responses=_answers(EventAnswer, 400, 413, 415, 422, 429, 503, status=202),
+    responses=answers(EventAnswer, 400, 413, 415, 422, 429, 503, status=202),
 )
 async def record(request: Request, body: EventsBody) -> Response:
     """One event, a list of events, or `{"events": [...]}`, at most 1,000. Clicks and orders enter the user's history.
@@ -161,9 +172,10 @@ async def forget(request: Request, user_id: UserId) -> Response:
     return Response(status_code=204)
 
 
-@router.get("/v1/items/{item_id}", tags=["catalog"], summary="Item", responses=_answers(CatalogItem, 404, 422))
+@router.get("/v1/items/{item_id}", tags=["catalog"], summary="Item", responses=answers(LiveItem, 404, 422))
 async def item(request: Request, item_id: Annotated[int, Path(ge=0, le=2**63 - 1)]) -> Response:
-    """One item of the catalog with its SID."""
+    """One item as it is served now, with its SID."""
+    await _items(request).catch_up()
     return Response(_pipeline(request).item(item_id), media_type=_JSON)
 
 
@@ -194,10 +206,25 @@ async def variants(request: Request) -> VariantList:
 
 @router.get("/v1/catalog", tags=["catalog"], summary="Catalog")
 async def catalog(request: Request) -> CatalogInfo:
-    """Size, categories and example queries of the first bundle."""
+    """Size, categories and example queries of the first bundle; version and size of every bundle's catalog."""
+    await _items(request).catch_up()
     engine = request.state.deployment.engines[0]
     snapshot = engine.live.snapshot
-    return CatalogInfo(items=snapshot.num_items, categories=snapshot.categories, examples=list(engine.examples))
+    return CatalogInfo(
+        catalog_version=snapshot.version,
+        items=snapshot.num_items,
+        categories=snapshot.categories,
+        examples=list(engine.examples),
+        bundles=[
+            BundleCatalog(
+                name=engine.name,
+                catalog_version=engine.live.snapshot.version,
+                items=engine.live.snapshot.num_items,
+                changed=engine.live.pending,
+            )
+            for engine in request.state.deployment.engines
+        ],
+    )
 
 
 @router.get("/healthz", tags=["operations"], summary="Liveness")

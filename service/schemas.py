@@ -2,6 +2,7 @@
 
 import re
 import uuid
+from datetime import UTC, date, datetime
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -28,21 +29,34 @@ MAX_EVENTS = 1000
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     # Lone surrogates are no text and cannot be sent back.
     if _CONTROL.search(text):
         raise ValueError("has control characters")
     return text
 
 
-def _readable(text: str) -> str:
-    if not normalise(_plain(text)):
+def readable(text: str) -> str:
+    if not normalise(plain(text)):
         raise ValueError("is empty")
     return text
 
 
 def _user_key(value: object) -> object:
     return str(value) if type(value) is int else value
+
+
+def _seconds(value: object) -> object:
+    """Unix seconds of an ISO 8601 date or time, UTC unless it says otherwise; in a query string also plain digits."""
+    if not isinstance(value, str):
+        return value
+    if value.isdecimal():
+        return int(value)
+    try:
+        moment = datetime.fromisoformat(value)
+    except ValueError:
+        raise ValueError("is neither Unix seconds nor an ISO 8601 date or time") from None
+    return int(moment.replace(tzinfo=moment.tzinfo or UTC).timestamp())
 
 
 def _not_below_minimum(price_max: float | None, info: ValidationInfo) -> float | None:
@@ -52,29 +66,36 @@ def _not_below_minimum(price_max: float | None, info: ValidationInfo) -> float |
     return price_max
 
 
-Query = Annotated[str, StringConstraints(strict=True, max_length=MAX_QUERY_CHARS), AfterValidator(_readable)]
-Name = Annotated[str, StringConstraints(strict=True, max_length=256), AfterValidator(_readable)]
+Query = Annotated[str, StringConstraints(strict=True, max_length=MAX_QUERY_CHARS), AfterValidator(readable)]
+Name = Annotated[str, StringConstraints(strict=True, max_length=256), AfterValidator(readable)]
 # Ids of users are opaque: 42 and "42" are the same user.
 UserId = Annotated[
     str,
     StringConstraints(strict=True, max_length=128),
-    AfterValidator(_readable),
+    AfterValidator(readable),
     BeforeValidator(_user_key, json_schema_input_type=str | int),
 ]
-RequestId = Annotated[str, StringConstraints(strict=True, max_length=64), AfterValidator(_plain)]
-EventId = Annotated[str, StringConstraints(strict=True, min_length=1, max_length=64), AfterValidator(_plain)]
+RequestId = Annotated[str, StringConstraints(strict=True, max_length=64), AfterValidator(plain)]
+EventId = Annotated[str, StringConstraints(strict=True, min_length=1, max_length=64), AfterValidator(plain)]
 ItemId = Annotated[int, Field(strict=True, ge=0, le=2**63 - 1)]
+Moment = Annotated[
+    int,
+    Field(strict=True, ge=0, le=2**53),
+    BeforeValidator(_seconds, json_schema_input_type=int | datetime | date),
+]
 Price = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 StrictPrice = Annotated[Price, Field(strict=True)]
 AboveMinimum = AfterValidator(_not_below_minimum)
 Limit = Annotated[int, Field(ge=1, le=MAX_LIMIT)]
 
 
-class _Body(BaseModel):
+class Body(BaseModel):
+    """What a request may hold; anything else is an error."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class SearchFilters(_Body):
+class SearchFilters(Body):
     """What every returned item must satisfy; names compare without case, price bounds are inclusive."""
 
     category: Name | None = Field(default=None, description="a category of any level")
@@ -82,6 +103,7 @@ class SearchFilters(_Body):
     price_min: StrictPrice | None = None
     price_max: Annotated[StrictPrice | None, AboveMinimum] = None
     in_stock: Annotated[bool, Field(strict=True)] | None = None
+    published_after: Moment | None = Field(default=None, description="Unix seconds, or an ISO 8601 date or time")
     exclude_items: Annotated[list[ItemId], Field(max_length=MAX_EXCLUDED)] = []
 
     def to_filters(self) -> Filters | None:
@@ -90,7 +112,7 @@ class SearchFilters(_Body):
         return None if filters == Filters() else filters
 
 
-class SearchRequest(_Body):
+class SearchRequest(Body):
     """Body of `POST /v1/search`."""
 
     model_config = ConfigDict(
@@ -104,7 +126,10 @@ class SearchRequest(_Body):
     explain: Annotated[bool, Field(strict=True)] = False
 
 
-class SearchParameters(_Body):
+_FILTERS = {name for name in SearchFilters.model_fields if name != "exclude_items"}
+
+
+class SearchParameters(Body):
     """Query string of `GET /v1/search`: the same request for a browser, with the filters side by side."""
 
     q: Query = Field(description="what the user typed")
@@ -115,16 +140,17 @@ class SearchParameters(_Body):
     price_min: Price | None = None
     price_max: Annotated[Price | None, AboveMinimum] = None
     in_stock: bool | None = None
+    published_after: Moment | None = None
     explain: bool = False
 
     def to_request(self) -> SearchRequest:
         """The same request as a body."""
         own = self.model_dump(include={"user_id", "limit", "explain"})
-        filters = self.model_dump(include={"category", "brand", "price_min", "price_max", "in_stock"})
+        filters = self.model_dump(include=_FILTERS)
         return SearchRequest(query=self.q, filters=SearchFilters(**filters), **own)
 
 
-class EventRequest(_Body):
+class EventRequest(Body):
     """Something a user did with an item; an event sent again under the same event_id counts once.
 
     request_id, query and variant say where the item was seen; price is that of one piece.
@@ -144,7 +170,7 @@ class EventRequest(_Body):
     event_id: EventId | None = None
     request_id: RequestId | None = None
     query: Query | None = None
-    variant: Annotated[str, StringConstraints(strict=True, max_length=64), AfterValidator(_readable)] | None = None
+    variant: Annotated[str, StringConstraints(strict=True, max_length=64), AfterValidator(readable)] | None = None
     price: StrictPrice | None = None
     quantity: Annotated[int, Field(strict=True, ge=1, le=1_000_000)] = 1
 
@@ -156,7 +182,7 @@ class EventRequest(_Body):
 EventList = Annotated[list[EventRequest], Field(min_length=1, max_length=MAX_EVENTS)]
 
 
-class EventBatch(_Body):
+class EventBatch(Body):
     """Several events; one that is wrong refuses them all."""
 
     events: EventList
@@ -178,7 +204,7 @@ EventsBody = Annotated[
 ]
 
 
-class ProfileRequest(_Body):
+class ProfileRequest(Body):
     """Body of `PUT /v1/users/{user_id}`: what prompts may say of a user, in the words of the training tables."""
 
     gender: Gender | None = None
@@ -263,12 +289,23 @@ class VariantList(BaseModel):
     experiments: list[ExperimentInfo]
 
 
-class CatalogInfo(BaseModel):
-    """What a search page needs to know of the catalog."""
+class BundleCatalog(BaseModel):
+    """The live catalog of one bundle. changed: items that differ from the version it was last compacted to."""
 
+    name: str
+    catalog_version: str
+    items: int
+    changed: int
+
+
+class CatalogInfo(BaseModel):
+    """What a search page needs to know of the first bundle's catalog, and the state of every bundle's."""
+
+    catalog_version: str
     items: int
     categories: list[str]
     examples: list[str]
+    bundles: list[BundleCatalog]
 
 
 class Problem(BaseModel):

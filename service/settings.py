@@ -9,13 +9,14 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from onesearch.errors import ConfigError
 from onesearch.runtime import Precision
 
 PREFIX = "ONESEARCH_"
+_SECRETS = {"admin_key"}
 
 
 class Settings(BaseSettings):
@@ -43,6 +44,13 @@ class Settings(BaseSettings):
         default=5.0, gt=0, description="how often counters of events reach the order of items in a SID"
     )
     keyword_cache_size: int = Field(default=50_000, ge=1, description="keyword entries kept in this process")
+    catalog: Path = Field(
+        default=Path("onesearch-catalog"), description="folder of the changes of items and what is made of them"
+    )
+    compact_after: int = Field(default=2000, ge=1, description="changed items that start a compaction")
+    admin_key: SecretStr | None = Field(
+        default=None, min_length=16, description="key that allows to change items; without one nobody may"
+    )
     workers: int = Field(default=1, ge=1, le=64, description="processes that serve the port together")
     concurrency: int = Field(default=2, ge=1, le=256, description="searches that run at the same time, per worker")
     queue_limit: int = Field(default=64, ge=0, le=100_000, description="searches that may wait, per worker")
@@ -92,4 +100,5 @@ def _unknown(name: str, known: list[str]) -> str:
 
 
 def _wrong(field: str, value: object, message: str) -> str:
-    return f"{PREFIX}{field.upper()}: {value!r} is wrong: {message}"
+    shown = "it" if field in _SECRETS else repr(value)
+    return f"{PREFIX}{field.upper()}: {shown} is wrong: {message}"

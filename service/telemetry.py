@@ -55,11 +55,16 @@ class Metrics:
         self._keywords = Counter("keyword_lookups", "Keyword lookups by what was found.", ["result"], **shared)
         versions = ["variant", "model", "catalog"]
         self._served = Gauge("variant_info", "Variants served.", versions, multiprocess_mode="livemax", **shared)
+        latest: dict[str, Any] = {**shared, "multiprocess_mode": "livemostrecent"}
+        self._changes = Counter("item_changes", "Changes of items accepted.", ["kind"], **shared)
+        self._compactions = Counter("compactions", "Compactions of the catalog.", **shared)
+        self._rollbacks = Counter("rollbacks", "Rollbacks of the catalog.", **shared)
+        self._items = Gauge("catalog_items", "Items served.", ["bundle"], **latest)
+        self._sequence = Gauge("catalog_sequence", "Number of the last change served.", ["bundle"], **latest)
         live: dict[str, Any] = {**shared, "multiprocess_mode": "livesum"}
         self._waiting = Gauge("searches_waiting", "Searches in the queue.", **live)
         self._running = Gauge("searches_running", "Searches that run.", **live)
         self._breaker = Gauge("store_breaker", "Processes whose breaker is in a state.", ["state"], **live)
-        latest: dict[str, Any] = {**shared, "multiprocess_mode": "livemostrecent"}
         self._queue = Gauge("keyword_jobs", "Keyword jobs in the store.", ["state"], **latest)
         self._lag = Gauge("keyword_lag_seconds", "Age of the oldest waiting keyword job.", **latest)
         self.breaker("closed")
@@ -116,6 +121,23 @@ class Metrics:
     def experiments_reload(self, outcome: Literal["adopted", "refused"]) -> None:
         """Count a change of the experiments file."""
         self._reloads.labels(outcome).inc()
+
+    def items_changed(self, kind: str, count: int) -> None:
+        """Count accepted changes of items: put or remove."""
+        self._changes.labels(kind).inc(count)
+
+    def compacted(self) -> None:
+        """Count one compaction."""
+        self._compactions.inc()
+
+    def rolled_back(self) -> None:
+        """Count one rollback."""
+        self._rollbacks.inc()
+
+    def catalog(self, bundle: str, items: int, sequence: int) -> None:
+        """Tell how many items of a bundle are served and which change was the last."""
+        self._items.labels(bundle).set(items)
+        self._sequence.labels(bundle).set(sequence)
 
     def variant(self, name: str, model_version: str, catalog_version: str) -> None:
         """Announce a served variant."""

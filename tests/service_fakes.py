@@ -96,6 +96,7 @@ def fake_engine(folder: Path, faults: tuple[str, ...] = ()) -> Engine:
     return Engine(
         name="tiny",
         model_version="m1",
+        identifiers="tiny",
         live=live,
         runner=FakeRunner(live),
         check=lambda: list(faults),
@@ -113,4 +114,4 @@ def fake_deployment(engine: Engine) -> Deployment:
 
 def fake_settings(folder: Path) -> Settings:
     """Settings with the state in a file of the given folder and a patient state timeout."""
-    return Settings(state=f"sqlite:{folder / 'state.sqlite3'}", state_timeout_ms=5000)
+    return Settings(state=f"sqlite:{folder / 'state.sqlite3'}", catalog=folder / "catalog", state_timeout_ms=5000)

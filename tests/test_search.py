@@ -1,6 +1,7 @@
 """One search end to end on a tiny bundle, against scoring every live SID by brute force."""
 
 import time
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -8,10 +9,11 @@ import pytest
 from tiny_bundle import random_contexts, write_tiny_bundle
 
 from onesearch.bundle import Bundle, open_bundle
-from onesearch.catalog import Filters
+from onesearch.catalog import Filters, Item
 from onesearch.context import SearchContext, assemble
 from onesearch.decode import Score, StepFn
 from onesearch.errors import DeadlineError
+from onesearch.live import Change
 from onesearch.model import TorchDecoder, open_model
 from onesearch.runtime import Decoder
 from onesearch.search import Searcher, SearchOptions
@@ -37,15 +39,15 @@ def searcher(bundle: Bundle) -> Searcher:
     return Searcher(bundle, TorchDecoder(open_model(bundle.path), bundle.renderer))
 
 
-def brute_force(bundle: Bundle, context: SearchContext, eligible: np.ndarray) -> list[tuple[float, int]]:
-    """(-score, row) of every eligible row: log-softmax over each level's whole codebook along its SID."""
+def brute_force(bundle: Bundle, context: SearchContext, sids: np.ndarray) -> list[tuple[float, int]]:
+    """(-score, place) of every SID: log-softmax over each level's whole codebook along it."""
     decoder = TorchDecoder(open_model(bundle.path), bundle.renderer)
     prompt = bundle.renderer.prompt("search", bundle.encoder.fields(context))
     found = []
-    for row in np.flatnonzero(eligible):
+    for row, sid in enumerate(sids):
         step, score = decoder.start(prompt), 0.0
-        for level, code in enumerate(bundle.catalog.sids[row]):
-            logits = step(bundle.catalog.sids[row][None, :level], np.zeros(1, dtype=np.int64))[0].astype(float)
+        for level, code in enumerate(sid):
+            logits = step(sid[None, :level], np.zeros(1, dtype=np.int64))[0].astype(float)
             score += logits[code] - np.log(np.exp(logits - logits.max()).sum()) - logits.max()
         found.append((-score, int(row)))
     return sorted(found)
@@ -58,13 +60,41 @@ def test_a_page_holds_exactly_the_best_eligible_items(
     eligible = np.ones(30, dtype=bool) if filters is None else bundle.catalog.eligible(filters)
     for context in random_contexts(4):
         result = searcher.search(context, SearchOptions(limit=12, filters=filters))
-        expected = brute_force(bundle, context, eligible)
+        expected = brute_force(bundle, context, bundle.catalog.sids[eligible])
         assert result.eligible == len(expected)
         assert len(result.rows) == min(12, len(expected))
         best = [-key for key, _ in expected[: len(result.rows)]]
         assert result.scores.tolist() == pytest.approx(best, abs=1e-4)
         assert all(eligible[row] for row in result.rows)
         assert len(set(result.rows.tolist())) == len(result.rows)
+
+
+def test_items_that_changed_while_serving_are_ranked_among_the_others(bundle: Bundle) -> None:
+    searcher = Searcher(bundle, TorchDecoder(open_model(bundle.path), bundle.renderer))
+    changed = [
+        Change(1, 31, Item(31, "teal umbrella", price=3.0)),
+        Change(2, 5, None),
+        Change(3, 6, Item(6, "pan")),
+    ]
+    changed.append(Change(4, 7, replace(bundle.catalog.item(bundle.catalog.rows_of([7])[0]), price=99.0)))
+    searcher.live.apply(changed)
+    sids = bundle.encoder.query_sids(["teal umbrella", "pan"])
+    for filters in (None, Filters(price_max=20.0), Filters(exclude_items=(31, 8, 9))):
+        for context in random_contexts(3):
+            result = searcher.search(context, SearchOptions(limit=200, width=8, filters=filters))
+            ids = [result.catalog.item(row).item_id for row in result.rows.tolist()]
+            unpriced, costly = {6}, {7, *range(21, 31)}
+            gone = {5} | (set() if filters is None else unpriced | costly if filters.price_max else {31, 8, 9})
+            assert sorted(ids) == [i for i in range(1, 32) if i not in gone]
+            assert result.eligible == len(ids)
+            for item_id, sid in zip((31, 6), sids, strict=True):
+                if item_id in ids:
+                    row = result.rows[ids.index(item_id)]
+                    assert result.catalog.sid(row).tolist() == sid.tolist()
+                    score = -brute_force(bundle, context, sid[None])[0][0]
+                    assert result.scores[ids.index(item_id)] == pytest.approx(score, abs=1e-4)
+    known = searcher.search(SearchContext("bag", recent_items=(31,)), SearchOptions(limit=5))
+    assert known.scores.tolist() != searcher.search(SearchContext("bag"), SearchOptions(limit=5)).scores.tolist()
 
 
 @pytest.mark.parametrize("score", ["level", "legal"])
