@@ -22,7 +22,7 @@ RUN pip install --no-cache-dir "$(echo /wheels/onesearch-*.whl)[cpu]" \
  && useradd --create-home --uid 10001 onesearch \
  && install -d -o onesearch /bundle /state
 USER onesearch
-ENV ONESEARCH_STATE=sqlite:/state/state.sqlite3
+ENV ONESEARCH_STATE=sqlite:/state/state.sqlite3 ONESEARCH_CATALOG=/state/catalog
 EXPOSE 8000
 VOLUME ["/bundle", "/state"]
 HEALTHCHECK --interval=10s --timeout=3s --start-period=20s \

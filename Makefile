@@ -36,7 +36,7 @@ demo/bundle/graphs/stamp.json: | demo/bundle/manifest.json
 	$(BIN)/onesearch-export demo/bundle --target onnx
 
 demo: | $(BUILT) demo/bundle/graphs/stamp.json
-	ONESEARCH_STATE=sqlite:demo/state.sqlite3 $(BIN)/onesearch-serve demo/bundle --port $(PORT)
+	ONESEARCH_STATE=sqlite:demo/state.sqlite3 ONESEARCH_CATALOG=demo/catalog $(BIN)/onesearch-serve demo/bundle --port $(PORT)
 
 test: $(DEV)
 	$(BIN)/python -m pytest
