@@ -5,7 +5,7 @@ counters, or nothing happens. So there is no moment between accepting and applyi
 double it, and an event sent again under the same id changes nothing.
 """
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal, NamedTuple, Protocol
 
@@ -51,7 +51,7 @@ class Event:
 class Exposure:
     """One answered search: which variant showed which items to whom.
 
-    arms: experiment → arm; bucket is a hash of the split key.
+    arms: experiment → arm; bucket is a hash of the split key, empty where a header forced the variant.
     """
 
     request_id: str
@@ -107,3 +107,13 @@ class EventLog(Protocol):
         The mark 0 is the start.
         """
         ...
+
+
+async def read_entries(log: EventLog, batch: int = 5_000) -> AsyncIterator[Event | Exposure]:
+    """Every entry of a log, oldest first. Raises StateUnavailable."""
+    position = ""
+    while found := await log.entries(position, batch):
+        for entry in found:
+            raw = orjson.loads(entry.body)
+            yield Event(**raw) if entry.kind == "event" else Exposure(**{**raw, "items": tuple(raw["items"])})
+        position = found[-1].position

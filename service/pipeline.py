@@ -116,7 +116,7 @@ class Pipeline:
             told = {"keyword_source": recalled.source, "experiments": arms}
             body["explain"] = _explain(context, options, result) | told
         self._metrics.search(variant.name, options.width, spent, degraded)
-        key = caller.split_key(request.user_id)
+        key = None if caller.forced_variant else caller.split_key(request.user_id)
         self._memory.expose(exposure_of(body, result, arms, key, request.user_id))
         return Answer(orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY), variant.name, spent)
 
@@ -159,14 +159,14 @@ class Pipeline:
 
 
 def exposure_of(
-    answer: Mapping[str, Any], result: SearchResult, arms: Mapping[str, str], key: str, user: str | None
+    answer: Mapping[str, Any], result: SearchResult, arms: Mapping[str, str], key: str | None, user: str | None
 ) -> Exposure:
-    """The log entry of an answered search; key: what the split went by."""
+    """The log entry of an answered search; key: what the split went by, None where a header forced the variant."""
     return Exposure(
         request_id=answer["request_id"],
         variant=answer["variant"],
         arms=dict(arms),
-        bucket=hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()[:16],
+        bucket="" if key is None else hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()[:16],
         user_id=user,
         query=answer["query"],
         at=time.time(),

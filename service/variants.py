@@ -148,11 +148,7 @@ def read_split(path: Path, bundles: Sequence[str]) -> Split:
     """Variants of a TOML file for the named bundles: `salt`, `[variants.NAME]`, and with `[experiments.NAME]` also the
     `default` variant, the first one if it is not said. Raises ConfigError.
     """
-    try:
-        raw = tomllib.loads(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"experiments file {path}: {error}") from error
-    table = _parse(f"experiments file {path}", raw)
+    table = _read(path)
     default = table.default or next(iter(table.variants))
     if default not in table.variants:
         raise ConfigError(
@@ -171,6 +167,22 @@ def read_split(path: Path, bundles: Sequence[str]) -> Split:
         if options.bundle is not None:
             _placed(str(path), name, options, bundles)
     return ExperimentSplit(dict(table.variants) | {default: first}, table.experiments, default, table.salt)
+
+
+def read_experiment(path: Path, name: str) -> Experiment:
+    """One experiment of a TOML file. Raises ConfigError."""
+    experiments = _read(path).experiments
+    if name not in experiments:
+        raise ConfigError(f"experiments file {path}: {name!r} is not one of {', '.join(experiments) or 'none'}")
+    return experiments[name]
+
+
+def _read(path: Path) -> _Table:
+    try:
+        raw = tomllib.loads(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"experiments file {path}: {error}") from error
+    return _parse(f"experiments file {path}", raw)
 
 
 def declared_split(recipes: Mapping[str, Mapping[str, Any]]) -> Split:

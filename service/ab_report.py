@@ -1,0 +1,192 @@
+"""What an experiment did: log entries to one row per bucket, and tea-tasting's statistics over the rows.
+
+The unit is the bucket, which is what was assigned at random: a user's searches are not independent. Ratios (click
+rate, conversion, latency) get delta-method intervals, sums per bucket get Welch's; a sample ratio that chance does not
+explain makes every other figure suspect.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import tea_tasting as tt
+
+from onesearch.errors import InputError
+from service.events import Event, Exposure
+
+SRM_ALARM = 0.001  # a sample ratio less likely than this is no accident
+ATTRIBUTION_SECONDS = 24 * 3600.0
+_SRM = "sample_ratio"
+
+
+@dataclass
+class Unit:
+    """What one bucket did while one variant answered it. latency_ms is summed over its searches."""
+
+    variant: str
+    searches: int = 0
+    clicks: int = 0
+    carts: int = 0
+    orders: int = 0
+    revenue: float = 0.0
+    latency_ms: float = 0.0
+
+
+@dataclass
+class Units:
+    """One unit per bucket, and what was left out: forced searches, buckets that met several variants, stray events."""
+
+    by_bucket: dict[str, Unit] = field(default_factory=dict)
+    forced: int = 0
+    mixed: set[str] = field(default_factory=set)
+    stray: int = 0
+
+    def kept(self) -> list[Unit]:
+        """Units of buckets that met one variant only."""
+        return [unit for bucket, unit in self.by_bucket.items() if bucket not in self.mixed]
+
+
+@dataclass(frozen=True)
+class Effect:
+    """One metric of one variant against the control: values, relative difference with 95 % interval, p-value."""
+
+    variant: str
+    metric: str
+    control: float
+    treatment: float
+    lift: float
+    low: float
+    high: float
+    pvalue: float
+
+
+@dataclass(frozen=True)
+class AbReport:
+    """units: buckets per variant. sample_ratio: p-value of each variant's share. left_out: why and how many."""
+
+    control: str
+    units: dict[str, int]
+    effects: list[Effect]
+    sample_ratio: dict[str, float]
+    left_out: dict[str, int]
+
+    @property
+    def suspect(self) -> list[str]:
+        """Variants whose number of buckets chance does not explain."""
+        return [name for name, pvalue in self.sample_ratio.items() if pvalue < SRM_ALARM]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return asdict(self) | {"suspect": self.suspect}
+
+
+def collect(entries: Iterable[Exposure | Event], group: Callable[[Exposure], str | None]) -> Units:
+    """Units of log entries in time order. group names the variant or arm of an exposure, None leaves it out.
+
+    An event belongs to the search it names, else to its user's last search within a day that showed the item.
+    """
+    units = Units()
+    by_request: dict[str, str] = {}
+    by_user: dict[str, list[Exposure]] = defaultdict(list)
+    for entry in entries:
+        if isinstance(entry, Exposure):
+            if entry.request_id in by_request:
+                continue  # the log may hold an exposure twice
+            _expose(units, entry, group)
+            by_request[entry.request_id] = entry.bucket
+            if entry.bucket and entry.user_id is not None:
+                by_user[entry.user_id].append(entry)
+            continue
+        named = by_request.get(entry.request_id or "")
+        bucket = _last_shown(by_user.get(entry.user_id, []), entry) if named is None else named
+        unit = units.by_bucket.get(bucket)
+        if unit is None:
+            units.stray += entry.type != "impression"
+        elif entry.type != "impression":
+            setattr(unit, f"{entry.type}s", getattr(unit, f"{entry.type}s") + 1)
+            if entry.type == "order":
+                unit.revenue += (entry.price or 0.0) * entry.quantity
+    return units
+
+
+def _expose(units: Units, exposure: Exposure, group: Callable[[Exposure], str | None]) -> None:
+    if not exposure.bucket:
+        units.forced += 1
+        return
+    variant = group(exposure)
+    if variant is None:
+        return
+    unit = units.by_bucket.setdefault(exposure.bucket, Unit(variant))
+    if unit.variant != variant:
+        units.mixed.add(exposure.bucket)
+        return
+    unit.searches += 1
+    unit.latency_ms += exposure.latency_ms
+
+
+def _last_shown(searches: Sequence[Exposure], event: Event) -> str:
+    for search in reversed(searches):
+        if event.at - search.at > ATTRIBUTION_SECONDS:
+            break
+        if event.item_id in search.items:
+            return search.bucket
+    return ""
+
+
+def analyse(units: Units, control: str | None, weights: Mapping[str, float] | None = None) -> AbReport:
+    """Every variant against the control (default: the one with most buckets). weights: expected shares, else equal.
+
+    Raises InputError when there are fewer than two variants or the control is not one of them.
+    """
+    kept = units.kept()
+    counts = Counter(unit.variant for unit in kept)
+    if len(counts) < 2:
+        raise InputError(
+            "log", f"holds searches of {', '.join(counts) or 'no variant'}, expected at least two variants"
+        )
+    chosen = control or counts.most_common(1)[0][0]
+    if chosen not in counts:
+        raise InputError("control", f"{chosen!r} is not one of {', '.join(sorted(counts))}")
+    table = pa.Table.from_pylist([asdict(unit) for unit in kept])
+    effects: list[Effect] = []
+    ratios: dict[str, float] = {}
+    for variant in sorted(counts.keys() - {chosen}):
+        share = 1.0 if weights is None else weights[variant] / weights[chosen]
+        pair = table.filter(pa.compute.is_in(table["variant"], pa.array([chosen, variant])))
+        metrics = _metrics(sum(unit.clicks for unit in kept if unit.variant in (chosen, variant)))
+        experiment = tt.Experiment(metrics | {_SRM: tt.SampleRatio(share)}, variant="variant")
+        for row in experiment.analyze(pair, control=chosen).to_dicts():
+            if row["metric"] == _SRM:
+                ratios[variant] = float(row["pvalue"])
+            else:
+                effects.append(_effect(variant, row))
+    left_out = {"forced searches": units.forced, "buckets with several variants": len(units.mixed)}
+    return AbReport(
+        chosen, dict(sorted(counts.items())), effects, ratios, left_out | {"stray events": units.stray}
+    )
+
+
+def _metrics(clicks: int) -> dict[str, Any]:
+    conversion = {"CVR (orders per click)": tt.RatioOfMeans("orders", "clicks")} if clicks else {}
+    return {
+        "CTR (clicks per search)": tt.RatioOfMeans("clicks", "searches"),
+        **conversion,
+        "orders per bucket": tt.Mean("orders"),
+        "revenue per bucket": tt.Mean("revenue"),
+        "latency ms per search": tt.RatioOfMeans("latency_ms", "searches"),
+    }
+
+
+def _effect(variant: str, row: Mapping[str, Any]) -> Effect:
+    return Effect(
+        variant=variant,
+        metric=row["metric"],
+        control=float(row["control"]),
+        treatment=float(row["treatment"]),
+        lift=float(row["rel_effect_size"]),
+        low=float(row["rel_effect_size_ci_lower"]),
+        high=float(row["rel_effect_size_ci_upper"]),
+        pvalue=float(row["pvalue"]),
+    )
