@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_model, tiny_prompt, tiny_renderer
+from tiny import SHAPES, tiny_model, tiny_prompt, tiny_renderer
 from torch import Tensor, nn
 
 from onesearch.model import OneSearchModel
@@ -20,6 +20,7 @@ from training.stages import SdftStage
 
 RENDERER = tiny_renderer()
 STAGE = SdftStage("s", 1, mixture={"search": 1.0}, kw_mix=0, alpha_kl=0.5)
+BACKBONES = pytest.mark.parametrize("backbone", SHAPES)
 MODES = ("self", "joint", "ema", "token", "codi")
 
 
@@ -58,20 +59,22 @@ def close(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.allclose(a[k], b[k], atol=1e-6) for k in a)
 
 
+@BACKBONES
 @pytest.mark.parametrize("mode", MODES)
-def test_a_teacher_with_the_same_prompt_and_no_dropout_teaches_nothing(mode: str) -> None:
-    made = objective(mode=mode).eval()
+def test_a_teacher_with_the_same_prompt_and_no_dropout_teaches_nothing(mode: str, backbone: str) -> None:
+    made = objective(tiny_model(RENDERER, backbone=backbone), mode=mode).eval()
     parts, _ = gradient(made, batch(same=True))
     if mode == "token":  # its student reads one token more
         assert parts["kl"] > 0
     else:
         assert parts["kl"] == pytest.approx(0, abs=1e-6)
         assert parts.get("l1", 0) == pytest.approx(0, abs=1e-5)
-    assert gradient(objective(mode=mode).eval(), batch())[0]["kl"] > 1e-4
+    assert gradient(made, batch())[0]["kl"] > 1e-4
 
 
-def test_only_the_student_gets_the_gradient_of_the_divergence() -> None:
-    model = tiny_model(RENDERER)
+@BACKBONES
+def test_only_the_student_gets_the_gradient_of_the_divergence(backbone: str) -> None:
+    model = tiny_model(RENDERER, backbone=backbone)
     frozen = deepcopy(model)
     of = batch()
     _, got = gradient(objective(model).eval(), of)
@@ -85,9 +88,10 @@ def test_only_the_student_gets_the_gradient_of_the_divergence() -> None:
     assert close(got, {f"model.{n}": p.grad for n, p in model.named_parameters() if p.grad is not None})
 
 
-def test_a_divergence_at_a_level_reaches_exactly_the_state_that_predicts_it() -> None:
+@BACKBONES
+def test_a_divergence_at_a_level_reaches_exactly_the_state_that_predicts_it(backbone: str) -> None:
     """The released code gave the first code none and a position behind the target some (spec §10 B6)."""
-    model, of = tiny_model(RENDERER), batch()
+    model, of = tiny_model(RENDERER, backbone=backbone), batch()
     for level in range(5):
         hidden = model.decode(model.encode(*of.prompt), of.prompt.mask, of.target)
         hidden.retain_grad()
@@ -105,11 +109,13 @@ def test_a_divergence_at_a_level_reaches_exactly_the_state_that_predicts_it() ->
         assert torch.allclose(a, b, atol=1e-5) == (t <= 2)  # a code is predicted from the codes before it
 
 
+@BACKBONES
 @pytest.mark.parametrize("mode", MODES)
-def test_padding_changes_nothing(mode: str) -> None:
+def test_padding_changes_nothing(mode: str, backbone: str) -> None:
     settings = {"mode": mode, "alpha_r": 0.5, "epsilon": 0.1, "gamma": 2.0}
-    parts, got = gradient(objective(**settings).eval(), batch())
-    padded, same = gradient(objective(**settings).eval(), batch(extra=4))
+    made = objective(tiny_model(RENDERER, backbone=backbone), **settings).eval()
+    parts, got = gradient(made, batch())
+    padded, same = gradient(made, batch(extra=4))
     assert padded == pytest.approx(parts, abs=1e-5)
     assert all(torch.allclose(got[k], same[k], atol=1e-5) for k in got)
 
@@ -184,8 +190,9 @@ def test_the_distillation_token_ends_the_students_prompt_and_learns() -> None:
     assert got[rows][RENDERER.distill].abs().max() > 0 and without[rows][RENDERER.distill].abs().max() == 0
 
 
-def test_hidden_states_are_compared_on_all_decoder_layers_where_the_first_code_is_predicted() -> None:
-    made = objective(mode="codi", projection=True, alpha_kl=0.0)
+@BACKBONES
+def test_hidden_states_are_compared_on_all_decoder_layers_where_the_first_code_is_predicted(backbone: str) -> None:
+    made = objective(tiny_model(RENDERER, backbone=backbone), mode="codi", projection=True, alpha_kl=0.0)
     teaching = made.teach(batch())
     assert teaching is not None
     assert [tuple(h.shape) for h in teaching.hidden] == [(3, 32)] * 2
