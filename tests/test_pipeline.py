@@ -59,7 +59,33 @@ steps = {steps}
 batch = 8
 mixture = {{ search = 1.0 }}
 kw_mix = 0.5
+[[stages]]
+name = "distil"
+kind = "sdft"
+steps = 3
+batch = 8
+tasks = ["search", "items_to_next_item", "query_to_keywords", "query_sid_to_keyword_sid", "user_to_keyword_sid"]
+mode = "ema"
+alpha_r = 0.5
+epsilon = 0.1
+[[stages]]
+name = "prefer"
+kind = "dpo"
+steps = 3
+batch = 8
+[[stages]]
+name = "reward"
+kind = "tpma"
+steps = 3
+batch = 4
+group = 4
+constrained = true
+logged_positive = true
+beta_kl = 0.1
+[stages.reward]
+invalid = -1.0
 """
+STEPS = {"align": 4, "search": 6, "distil": 3, "prefer": 3, "reward": 3}
 TASKS = (
     *("query_to_sid", "sid_to_query", "title_to_sid", "sid_to_title", "query_to_category", "title_to_category"),
     *("sid_to_category", "query_to_title", "title_to_query", "query_sid_to_item_sid", "item_sid_to_query_sid"),
@@ -102,8 +128,15 @@ def test_a_killed_run_continues_and_ends_with_the_same_bundle(shop: Path, tmp_pa
 
     again = train_bundle(load_recipe(recipe), shop, tmp_path / "again", work(tmp_path / "work"))
     assert again.files == whole.files
-    logs = [read_log(folder) for folder in sorted((tmp_path / "work").glob("stage-*"))]
-    assert [len(rows) for rows in logs] == [4, 60]
+    logs = {folder.name.split("-")[1]: read_log(folder) for folder in (tmp_path / "work").glob("stage-*")}
+    assert {name: len(rows) for name, rows in logs.items()} == STEPS | {"search": 60}
+    assert {"hit", "dead_position", "item_advantage"} <= logs["reward"][0].keys()
+
+    changed = recipe.read_text().replace("beta_kl = 0.1", "beta_kl = 0.2")
+    recipe.write_text(changed)
+    train_bundle(load_recipe(recipe), shop, tmp_path / "changed", work(tmp_path / "work"))
+    folders = [folder.name.split("-")[1] for folder in (tmp_path / "work").glob("stage-*")]
+    assert sorted(folders) == sorted([*STEPS, "reward"])  # the stages before are shared
     with pytest.raises(BundleError, match="exists already"):
         train_bundle(load_recipe(recipe), shop, tmp_path / "whole", work(tmp_path / "work"))
 

@@ -35,6 +35,9 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Sources:
         keywords=[KEYWORDS, Keywords((), (), ())],
         item_sids=dict(zip(catalog.item_ids.tolist(), catalog.sids, strict=True)),
         query_sids={q: bundle.encoder.query_sids([q])[0] for q in ("red shoes", "blue bag")},
+        popularity={},
+        trie=bundle.trie,
+        judged=None,
         anonymous_share=0.0,
         seed=1,
     )

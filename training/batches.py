@@ -8,7 +8,7 @@ Legend: B rows of this process, S prompt tokens, T target tokens, E history widt
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Self
+from typing import NamedTuple, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -71,8 +71,17 @@ class PlannedStep:
     samples: npt.NDArray[np.int64]
 
 
+class Sized(Protocol):
+    """A sample that knows its number of tokens, so that alike ones are batched together."""
+
+    @property
+    def length(self) -> int:
+        """Tokens."""
+        ...
+
+
 def plan(
-    shares: Mapping[str, float], data: Mapping[str, Sequence[Sample]], steps: int, batch: int, seed: Sequence[int]
+    shares: Mapping[str, float], data: Mapping[str, Sequence[Sized]], steps: int, batch: int, seed: Sequence[int]
 ) -> list[PlannedStep]:
     """All steps of a stage, each of a task drawn with its share."""
     rng = np.random.default_rng(list(seed))
@@ -109,8 +118,8 @@ def padded(rows: Sequence[npt.NDArray[np.int64]], pad: int) -> Tensor:
     return torch.from_numpy(table)
 
 
-def _lengths(samples: Sequence[Sample]) -> npt.NDArray[np.int64]:
-    return np.asarray([len(s.prompt.ids) + len(s.target) for s in samples])
+def _lengths(samples: Sequence[Sized]) -> npt.NDArray[np.int64]:
+    return np.asarray([s.length for s in samples])
 
 
 def _stream(

@@ -170,6 +170,9 @@ def _sources(recipe: Recipe, bundle: Bundle, tables: Tables, views: Sequence[Pag
         keywords=rule_keywords(bundle.keywords)(views),
         item_sids=dict(zip(catalog.item_ids.tolist(), catalog.sids, strict=True)),
         query_sids=dict(zip(queries, bundle.encoder.query_sids(queries), strict=True)),
+        popularity=click_rates(views),
+        trie=bundle.trie,
+        judged=tables.relevance,
         anonymous_share=recipe.data.anonymous_share,
         seed=recipe.seed,
     )

@@ -12,7 +12,7 @@ from onesearch.model_config import BackboneName
 from onesearch.sequence import SequenceConfig
 from training.codebooks import CodebookConfig
 from training.embedder import EmbedderConfig
-from training.stages import SdftStage, SftStage
+from training.stages import Stage
 
 Precision = Literal["auto", "fp32", "bf16"]
 
@@ -85,7 +85,7 @@ class Recipe:
     codebooks: CodebookConfig = field(default_factory=CodebookConfig)
     sequence: SequenceConfig = field(default_factory=SequenceConfig)
     model: ModelShape = field(default_factory=ModelShape)
-    stages: tuple[SftStage | SdftStage, ...] = ()
+    stages: tuple[Stage, ...] = ()
     variants: dict[str, VariantConfig] = field(default_factory=lambda: {"default": VariantConfig()})
 
     def __post_init__(self) -> None:

@@ -19,6 +19,7 @@ from onesearch.sid import Codes
 from training.columns import UNKNOWN
 from training.page_keywords import Keywords
 from training.sessions import PageView
+from trie import SidTrie
 
 T = TypeVar("T")
 
@@ -39,13 +40,19 @@ class Sample:
     weight: float
     teacher: Prompt | None = None
 
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and target."""
+        return len(self.prompt.ids) + len(self.target)
+
 
 @dataclass(frozen=True)
 class Sources:
     """Everything samples are made of. item_sids: item id → uint16 [L]; query_sids: query → uint16 [L].
 
-    keywords: one per page view. anonymous_share: share of page views whose prompt hides the user. teach: `search`
-    samples carry their teacher prompt.
+    keywords: one per page view. popularity: item id → what orders items of one SID. trie: of all live SIDs. judged:
+    the relevance table, if there is one. anonymous_share: share of page views whose prompt hides the user.
+    teach: `search` samples carry their teacher prompt.
     """
 
     renderer: Renderer
@@ -55,6 +62,9 @@ class Sources:
     keywords: Sequence[Keywords]
     item_sids: Mapping[int, Codes]
     query_sids: Mapping[str, Codes]
+    popularity: Mapping[int, float]
+    trie: SidTrie
+    judged: pl.DataFrame | None
     anonymous_share: float
     seed: int
     teach: bool = False

@@ -125,3 +125,106 @@ class SdftStage(SftStage):
         for name in ("tau", "focal_alpha"):
             self._require(name, getattr(self, name) > 0, "a positive number")
         self._require("ema_decay", 0 <= self.ema_decay < 1, "a share in 0..1, below 1")
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """The composite reward (spec §4.11). click, order: R_C&O. rate: what R_CTR is, the calibrated click rate or the
+    adaptive reward of PARS, clipped to 0..1. invalid: reward of a SID without a live item. bonuses: a JSONL file of
+    timed amounts per item, added to R_Rel. overlap: weight of the share of the SID that matches a target, an extra
+    for plain GRPO.
+    """
+
+    click: float = 3.0
+    order: float = 4.0
+    rate: Literal["ctr", "adaptive"] = "ctr"
+    invalid: float = 0.0
+    bonuses: str = ""
+    overlap: float = 0.0
+
+
+@dataclass(frozen=True)
+class DpoStage(StageConfig):
+    """Listwise DPO on the preferences of PARS (spec §4.9, §4.10); one step is `batch` positives with their negatives.
+
+    source: preferences of the log, or of candidates that the model generates and the reward model re-ranks.
+    weighted: weigh each negative by its reward gap, with exponent, least gap and cap. margin: target margin δ.
+    alpha_sft: weight of the positive's mean negative log-likelihood. regulariser: keeps the positive's likelihood up.
+    mask_shared_prefix: codes that a negative shares with the positive get no gradient from the negative.
+    """
+
+    batch: int = 64
+    lr: float = 1e-4
+    source: Literal["log", "model"] = "log"
+    negatives: int = 6
+    beta: float = 0.1
+    weighted: bool = True
+    exponent: float = 1.0
+    least_gap: float = 0.1
+    cap: float = 4.0
+    margin: float = 0.0
+    alpha_sft: float = 1.0
+    regulariser: float = 0.0
+    mask_shared_prefix: bool = False
+    kind: str = "dpo"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("negatives", self.negatives >= 1, "at least 1")
+        for name in ("beta", "least_gap", "cap"):
+            self._require(name, getattr(self, name) > 0, "a positive number")
+        for name in ("exponent", "margin", "alpha_sft", "regulariser"):
+            self._require(name, getattr(self, name) >= 0, "0 or more")
+
+
+@dataclass(frozen=True)
+class GrpoStage(StageConfig):
+    """GRPO on the composite reward (spec §4.12); one step is `batch` prompts with `group` rollouts each, one update.
+
+    constrained: rollouts follow the trie, and log-probabilities are renormalised over its codes. aux_sft: weight of
+    the cross-entropy of a target drawn from the page view, orders twice as likely. beta_kl: weight of the KL to the
+    model the stage began with. logged_positive: a target of the page view takes the place of the last rollout.
+    """
+
+    batch: int = 32
+    lr: float = 1e-5
+    group: int = 8
+    temperature: float = 1.0
+    constrained: bool = False
+    aux_sft: float = 0.1
+    beta_kl: float = 0.0
+    logged_positive: bool = False
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    kind: str = "grpo"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("group", self.group >= 2, "at least 2")
+        self._require("temperature", self.temperature > 0, "a positive number")
+        for name in ("aux_sft", "beta_kl"):
+            self._require(name, getattr(self, name) >= 0, "0 or more")
+
+
+@dataclass(frozen=True)
+class TpmaStage(GrpoStage):
+    """TPMA-GRPO: an advantage per position from the matched prefix, gated by it, plus w_item times GRPO's.
+
+    weights: of the levels, (2, 2, 2, 1, 1), or the paper's literal (2, 2, 1, 1, 0). strict_prefix: only an unbroken
+    prefix counts. w_item = 0 leaves the composite reward unused.
+    """
+
+    w_item: float = 1.0
+    weights: Literal["shared", "literal"] = "shared"
+    strict_prefix: bool = True
+    kind: str = "tpma"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("w_item", self.w_item >= 0, "0 or more")
+
+    def level_weights(self) -> tuple[float, ...]:
+        """w_l of the five levels."""
+        return (2.0, 2.0, 2.0, 1.0, 1.0) if self.weights == "shared" else (2.0, 2.0, 1.0, 1.0, 0.0)
+
+
+Stage = SftStage | SdftStage | DpoStage | GrpoStage | TpmaStage

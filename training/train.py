@@ -5,7 +5,7 @@ recipes that begin alike share their first stages and a finished stage is loaded
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
@@ -13,16 +13,22 @@ from typing import Any
 
 import torch
 
+from onesearch.errors import ConfigError
 from onesearch.model import OneSearchModel
 from onesearch.model_config import ModelConfig
-from training.batches import plan
+from training.batches import Sized, plan
 from training.distill import SdftObjective
+from training.dpo import DpoObjective, logged_choices
+from training.grpo import GrpoObjective, PagePrompt, page_prompts
 from training.loop import run, summary
+from training.objective import Objective
+from training.pars import count
 from training.progress import track
-from training.recipe import Recipe
+from training.recipe import Precision, Recipe
+from training.rewards import Relevance, Rewards, read_bonuses
 from training.samples import MAKERS, Sample, Sources
 from training.sft import SftObjective
-from training.stages import SdftStage, SftStage
+from training.stages import DpoStage, GrpoStage, SdftStage, SftStage
 
 FolderOf = Callable[[str, Mapping[str, Any]], Path]
 
@@ -55,14 +61,51 @@ def _train_stage(
 ) -> dict[str, float]:
     """Train `model` in place through one stage."""
     stage = recipe.stages[number]
-    data = stage_samples(stage, sources)
-    shares = stage.shares({task: len(samples) for task, samples in data.items()})
-    steps = plan(shares, data, stage.steps, stage.batch, (recipe.seed, number))
-    if isinstance(stage, SdftStage):
-        objective: SftObjective = SdftObjective(model, sources.renderer, data, stage, recipe.precision)
+    shares = dict.fromkeys([stage.kind], 1.0)
+    if isinstance(stage, SftStage):
+        samples = stage_samples(stage, sources)
+        shares = stage.shares({task: len(rows) for task, rows in samples.items()})
+        data: Mapping[str, Sequence[Sized]] = samples
+        objective: Objective = _supervised(model, sources, samples, stage, recipe.precision)
+    elif isinstance(stage, DpoStage):
+        choices = {stage.kind: logged_choices(sources, stage)}
+        data, objective = choices, DpoObjective(model, sources.renderer.pad, choices, stage, recipe.precision)
     else:
-        objective = SftObjective(model, sources.renderer, data, recipe.precision)
+        pages = {stage.kind: page_prompts(sources, stage.steps * stage.batch)}
+        data, objective = pages, _rewarded(model, sources, pages, stage, recipe)
+    if not any(len(rows) for rows in data.values()):
+        raise ConfigError(f"stages.{stage.name}: the data has no clicks to learn from")
+    steps = plan(shares, data, stage.steps, stage.batch, (recipe.seed, number))
     return run(objective, stage, steps, folder, 1009 * recipe.seed + number, recipe.checkpoint_every)
+
+
+def _supervised(
+    model: OneSearchModel,
+    sources: Sources,
+    samples: Mapping[str, Sequence[Sample]],
+    stage: SftStage,
+    precision: Precision,
+) -> Objective:
+    if isinstance(stage, SdftStage):
+        return SdftObjective(model, sources.renderer, samples, stage, precision)
+    return SftObjective(model, sources.renderer, samples, precision)
+
+
+def _rewarded(
+    model: OneSearchModel,
+    sources: Sources,
+    pages: Mapping[str, Sequence[PagePrompt]],
+    stage: GrpoStage,
+    recipe: Recipe,
+) -> Objective:
+    relevance = Relevance(sources.items, sources.views, sources.judged)
+    bonuses = read_bonuses(Path(stage.reward.bonuses)) if stage.reward.bonuses else []
+    rewards = Rewards(
+        stage.reward, sources.item_sids, sources.popularity, count(sources.views), relevance, bonuses
+    )
+    return GrpoObjective(
+        model, sources.renderer.pad, pages, rewards, sources.trie, stage, recipe.seed, recipe.precision
+    )
 
 
 def stage_samples(stage: SftStage, sources: Sources) -> dict[str, list[Sample]]:
