@@ -28,8 +28,9 @@ from training.bootstrap import with_queries
 from training.codebooks import fit_codebooks
 from training.embedder import ClickPairs, fit_embedder
 from training.keywords import mine_keywords
+from training.oracle import oracle_keywords
 from training.package import Identifiers, catalog_items, recipe_json, write_bundle, write_identifiers
-from training.page_keywords import rule_keywords
+from training.page_keywords import KeywordProvider, rule_keywords
 from training.parallel import processes, rank, wait
 from training.progress import StageMeters
 from training.recipe import Recipe, load_recipe
@@ -78,7 +79,7 @@ def train_bundle(recipe: Recipe, data: Path, out: Path, work: Work) -> Manifest:
     wait()
     bundle = open_parts(identifiers, Manifest(SCHEMA_VERSION, "", "", "", "", {}, {}, {}))
     before = {"identifiers": identifiers.name, **{k: plain[k] for k in _TRAIN_KEYS}}
-    model, losses = train(recipe, _sources(recipe, bundle, tables, training), work.folder, before)
+    model, losses = train(recipe, _sources(recipe, bundle, tables, training, data), work.folder, before)
     if rank() > 0:
         wait()
         return open_bundle(out).manifest
@@ -159,7 +160,14 @@ def click_pairs(
     return ClickPairs(columns[:, 0], columns[:, 1], columns[:, 2])
 
 
-def _sources(recipe: Recipe, bundle: Bundle, tables: Tables, views: Sequence[PageView]) -> Sources:
+def keyword_provider(recipe: Recipe, bundle: Bundle, tables: Tables, data: Path) -> KeywordProvider:
+    """Who makes the keywords of page views, as the recipe says. Raises DataError for an oracle without its truth."""
+    if recipe.data.keywords == "rules":
+        return rule_keywords(bundle.keywords)
+    return oracle_keywords(data, tables.items, recipe.data.keyword_recall, recipe.data.keyword_noise, recipe.seed)
+
+
+def _sources(recipe: Recipe, bundle: Bundle, tables: Tables, views: Sequence[PageView], data: Path) -> Sources:
     queries = list(dict.fromkeys(view.context.query for view in views))
     catalog = bundle.catalog
     return Sources(
@@ -167,7 +175,7 @@ def _sources(recipe: Recipe, bundle: Bundle, tables: Tables, views: Sequence[Pag
         encoder=bundle.encoder,
         items=tables.items,
         views=views,
-        keywords=rule_keywords(bundle.keywords)(views),
+        keywords=keyword_provider(recipe, bundle, tables, data)(views),
         item_sids=dict(zip(catalog.item_ids.tolist(), catalog.sids, strict=True)),
         query_sids=dict(zip(queries, bundle.encoder.query_sids(queries), strict=True)),
         popularity=click_rates(views),

@@ -24,6 +24,8 @@ class DataConfig:
     hides the user, as for visitors who are not known. sentence_encoder: a local sentence-transformers folder (BGE,
     say) to embed texts with, instead of [embedder].
     khqe: mix the keywords of a text into its vector before it gets a SID (spec §3.2).
+    keywords: who makes the keywords of page views: the mined rules, or for a simulated marketplace the oracle that
+    knows its truth, which keeps a keyword with chance keyword_recall and swaps it with chance keyword_noise.
     """
 
     bootstrap: bool = False
@@ -32,6 +34,9 @@ class DataConfig:
     anonymous_share: float = 0.0
     sentence_encoder: str = ""
     khqe: bool = False
+    keywords: Literal["rules", "oracle"] = "rules"
+    keyword_recall: float = 0.9
+    keyword_noise: float = 0.1
 
 
 @dataclass(frozen=True)
