@@ -9,7 +9,7 @@ NATIVE := pyproject.toml CMakeLists.txt $(wildcard trie/CMakeLists.txt trie/csrc
 BUILT := .venv/.built
 DEV := .venv/.dev
 
-.PHONY: build demo test check bench sanitize clean
+.PHONY: build demo test check bench study sanitize clean
 
 build: $(BUILT)
 
@@ -49,6 +49,10 @@ check: $(DEV)
 	for package in trie decoder; do \
 	  $(BIN)/python -m nanobind.stubgen -q -m $$package._native -o .venv/_native.pyi && \
 	  diff -u $$package/_native.pyi .venv/_native.pyi || exit 1; done
+
+# Hours; stopped at any moment it goes on where it was, and keeps what is in benchmarks/studies.
+study: $(DEV)
+	$(BIN)/python -m benchmarks.study
 
 bench: $(DEV)
 	$(BIN)/python -m benchmarks.trie

@@ -5,7 +5,7 @@ units, so page views weigh the same however much was clicked (spec §5.2).
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,7 +73,7 @@ def evaluate_logs(
     train = [view for view in views if view.split == "train"]
     contexts = [view.context for view in asked]
     ranked, facts = rank(subject, contexts, log_baselines(subject.catalog, train))
-    units = _units(asked, subject.catalog)
+    units = clicked_units(asked, subject.catalog.row_of)
     ranks = _ranks(units, ranked, subject.catalog)
     slices, cuts = _slices(asked, units, train, subject.catalog)
     measured: list[Measured] = []
@@ -107,9 +107,10 @@ def log_baselines(catalog: Catalog, train: Sequence[PageView]) -> dict[str, Base
     return {BM25: bm25, POPULARITY: CategoryPopularity(paths, clicked, bm25)}
 
 
-def _units(asked: Sequence[PageView], catalog: Catalog) -> Units:
+def clicked_units(asked: Sequence[PageView], row_of: Callable[[int], int | None]) -> Units:
+    """One unit per (page view, clicked item), in order; row_of gives an item's row, None if there is none."""
     pairs = [(i, item, item in view.ordered) for i, view in enumerate(asked) for item in view.clicked]
-    rows = [catalog.row_of(item) for _, item, _ in pairs]
+    rows = [row_of(item) for _, item, _ in pairs]
     return Units(
         view=np.asarray([i for i, _, _ in pairs], dtype=np.int64),
         row=np.asarray([-1 if row is None else row for row in rows], dtype=np.int64),
@@ -120,22 +121,29 @@ def _units(asked: Sequence[PageView], catalog: Catalog) -> Units:
 def _slices(
     asked: Sequence[PageView], units: Units, train: Sequence[PageView], catalog: Catalog
 ) -> tuple[dict[str, Mask], dict[str, Any]]:
-    """Masks over units by action, by terciles of the query's training count, and for items never clicked there."""
-    counts = Counter(view.context.query for view in train)
-    seen = np.asarray([counts[view.context.query] for view in asked])
-    low, high = (int(cut) for cut in np.percentile(seen, [100 / 3, 200 / 3], method="lower"))
-    of_unit = seen[units.view]
+    """`query_slices`, and a mask for items never clicked in training."""
+    masks, cuts = query_slices(asked, units, train)
     warm = np.zeros(catalog.num_items + 1, dtype=np.bool_)  # the last entry stands for items not in the catalog
     warm[-1] = True
     for view in train:
         warm[catalog.rows_of(view.clicked)] = True
+    return masks | {"not clicked in train": ~warm[units.row]}, cuts
+
+
+def query_slices(
+    asked: Sequence[PageView], units: Units, train: Sequence[PageView]
+) -> tuple[dict[str, Mask], dict[str, Any]]:
+    """Masks over units by action and by terciles of the query's training count, and where the terciles were cut."""
+    counts = Counter(view.context.query for view in train)
+    seen = np.asarray([counts[view.context.query] for view in asked])
+    low, high = (int(cut) for cut in np.percentile(seen, [100 / 3, 200 / 3], method="lower"))
+    of_unit = seen[units.view]
     masks = {
         "clicks": np.ones(len(units.row), dtype=np.bool_),
         "orders": units.ordered,
         "head queries": of_unit > high,
         "middle queries": (of_unit > low) & (of_unit <= high),
         "tail queries": of_unit <= low,
-        "not clicked in train": ~warm[units.row],
     }
     return masks, {"tail": f"<= {low}", "middle": f"> {low}, <= {high}", "head": f"> {high}"}
 
