@@ -1,13 +1,13 @@
 """The ablation study: every method of the paper on one simulated marketplace, several training seeds, paired intervals.
 
-`python -m benchmarks.study [--seeds 5] [--rows NAME,NAME] [--out DIR]` trains and measures what is not measured yet and
-writes the report; stopped at any moment, the same command goes on. Results of single runs are kept in
-`ablation.runs.jsonl`, one line per row and seed with the rank of every clicked item, so that a report needs no training:
-`python -m benchmarks.study --report`.
+`python -m benchmarks.study [--seeds 5] [--rows NAME,NAME] [--out DIR]` trains and measures what is not measured yet
+and writes the report; stopped at any moment, the same command goes on. Results of single runs are kept in
+`ablation.runs.jsonl`, one line per row and seed with the rank of every clicked item, so that a report needs no
+training: `python -m benchmarks.study --report`.
 
-Differences are paired by seed and page view; the bootstrap draws seeds and page views. Rows trained with the same number
-of steps cost different amounts; the controls `cot_x2` and `cot_x4` give the plain loss the steps instead.
-Legend: R rows, S seeds, V page views, U clicked items.
+Differences are paired by seed and page view; the bootstrap draws seeds and page views. Rows trained with the same
+number of steps cost different amounts; the controls `cot_x2` and `cot_x4` give the plain loss the steps instead.
+Legend: U clicked items.
 """
 
 import argparse
@@ -44,17 +44,18 @@ from training.pipeline import Work, train_bundle
 from training.progress import track
 from training.recipe import DataConfig, ModelShape, Recipe, TokenizerConfig
 from training.sessions import PageView, page_views
-from training.stages import DpoStage, GrpoStage, SdftStage, SftStage, StageConfig, TpmaStage
+from training.stages import DpoStage, GrpoStage, SdftStage, SftStage, TpmaStage
 from training.tables import Tables, load_tables, write_tables
 
 STUDY = "ablation"
-WORLD = {"items": 3_000, "users": 800, "sessions": 24_000, "seed": 7}
+ITEMS, USERS, SESSIONS, WORLD_SEED = 3_000, 800, 24_000, 7
 TOP, WIDTH = 10, 128
 _DIGITS = "0123456789A"  # a rank of 1 to TOP, 0 for absent
 _ALIGN = ("query_to_sid", "sid_to_query", "title_to_sid", "sid_to_title", "query_to_category", "sid_to_category")
 _COT = ("query_to_keywords", "query_sid_to_keyword_sid", "user_to_keywords", "user_to_keyword_sid")
 _COOCCUR = ("query_sid_to_item_sid", "item_sid_to_query_sid", "query_to_title", "title_to_query")
 _BATCH, _RATE = 128, 2e-3
+Stage = SftStage | SdftStage | DpoStage | GrpoStage | TpmaStage
 _STEPS = {"align": 150, "cooccur": 100, "search": 700, "prefer": 60}
 
 
@@ -64,7 +65,7 @@ class Row:
 
     name: str
     label: str
-    stages: tuple[StageConfig, ...]
+    stages: tuple[Stage, ...]
     tables: tuple[str, ...]
     served: bool = False
 
@@ -80,7 +81,13 @@ def rows() -> dict[str, Row]:
         Row("cot", "+ CoT tasks", (*cot, search()), ("3", "4", "5", "8")),
         Row("cot_x2", "+ CoT tasks, 2x steps (control)", (*cot, search(steps=2)), ("controls",)),
         Row("cot_x4", "+ CoT tasks, 4x steps (control)", (*cot, search(steps=4)), ("controls",)),
-        Row("rag", "+ RAG (served keywords in training and prompt)", (*cot, search("search_served")), ("3", "7"), True),
+        Row(
+            "rag",
+            "+ RAG (served keywords in training and prompt)",
+            (*cot, search("search_served")),
+            ("3", "7"),
+            True,
+        ),
         Row("sd_printed", "+ self-distillation as printed (kw_mix 0)", (*cot, _distil(kw_mix=0.0)), ("5",)),
         Row("sd", "+ self-distillation, teacher taught", (*cot, _distil()), ("3", "5", "7", "8")),
         Row("sd_teacher", "the same, prompts with served keywords (T)", (*cot, _distil()), ("7",), True),
@@ -104,10 +111,9 @@ def rows() -> dict[str, Row]:
 
 def _first(cot: tuple[str, ...]) -> tuple[SftStage, ...]:
     """Stages 1 and 2. The keyword tasks share the steps of stage 1: every row takes the same number."""
-    common = {"batch": _BATCH, "lr": _RATE}
     return (
-        SftStage(name="align", steps=_STEPS["align"], tasks=(*_ALIGN, *cot), **common),
-        SftStage(name="cooccur", steps=_STEPS["cooccur"], tasks=_COOCCUR, **common),
+        SftStage(name="align", steps=_STEPS["align"], batch=_BATCH, lr=_RATE, tasks=(*_ALIGN, *cot)),
+        SftStage(name="cooccur", steps=_STEPS["cooccur"], batch=_BATCH, lr=_RATE, tasks=_COOCCUR),
     )
 
 
@@ -156,7 +162,7 @@ class World:
         """Simulate it, unless it is there."""
         data = folder / "data"
         if not (data / "truth").exists():
-            market = simulate(**WORLD)
+            market = simulate(ITEMS, USERS, SESSIONS, WORLD_SEED)
             write_tables(market.tables, data, "parquet")
             write_truth(market, data / "truth")
         return cls(data)
@@ -232,7 +238,9 @@ def run(row: Row, seed: int, world: World, work: Path) -> dict[str, Any]:
 def fingerprint(row: Row) -> str:
     """What a run depends on besides the code and its seed."""
     recipe = asdict(replace(recipe_of(row, 0), name=""))
-    plain = json.dumps([recipe, row.served, WORLD, TOP, WIDTH], sort_keys=True, default=str)
+    plain = json.dumps(
+        [recipe, row.served, ITEMS, USERS, SESSIONS, WORLD_SEED, TOP, WIDTH], sort_keys=True, default=str
+    )
     return sha256(plain.encode()).hexdigest()[:12]
 
 
@@ -285,7 +293,7 @@ def main() -> None:
 
 def _facts(world: World) -> dict[str, Any]:
     return {
-        "world": WORLD,
+        "world": f"{ITEMS} items, {USERS} users, {SESSIONS} sessions, seed {WORLD_SEED}",
         "training page views": sum(view.split == "train" for view in world.views),
         "page views asked": len(world.asked),
         "clicked items": len(world.units.view),

@@ -115,14 +115,22 @@ def write_report(
 ) -> None:
     """Write STUDY.json, STUDY.md and STUDY.png into a folder."""
     found = estimates(outcomes, REFERENCE)
-    costs = {name: float(np.mean([r["train_seconds"] for (n, _), r in runs.items() if n == name])) for name in found}
+    costs = {
+        name: float(np.mean([r["train_seconds"] for (n, _), r in runs.items() if n == name])) for name in found
+    }
     made = {key: sorted({str(r[key]) for r in runs.values()}) for key in ("hardware", "torch")}
     made["dates"] = sorted({str(r["date"])[:10] for r in runs.values()})
     document = {
         "facts": {**facts, **made},
         "reference": REFERENCE,
         "rows": [
-            {"row": n, "label": rows[n].label, "tables": rows[n].tables, "train_seconds": costs[n], "measures": found[n]}
+            {
+                "row": n,
+                "label": rows[n].label,
+                "tables": rows[n].tables,
+                "train_seconds": costs[n],
+                "measures": found[n],
+            }
             for n in rows
             if n in found
         ],
@@ -164,7 +172,9 @@ def _table(
         cells += [f"{own[measure]['mean']:.4f}" for measure in MEASURES]
         for measure in ("clicks HR@10", "orders HR@10"):
             gap = own[measure].get("difference")
-            cells += [f"{gap['value']:+.4f} [{gap['low']:+.4f}, {gap['high']:+.4f}]", verdict(gap)] if gap else ["", ""]
+            cells += (
+                [f"{gap['value']:+.4f} [{gap['low']:+.4f}, {gap['high']:+.4f}]", verdict(gap)] if gap else ["", ""]
+            )
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
