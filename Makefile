@@ -17,11 +17,11 @@ $(BUILT): $(NATIVE)
 	@echo "setting up .venv: the first time takes about two minutes"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) torch==2.13.0
-	$(PIP) --editable ".[cpu,train,export]"
+	$(PIP) --editable ".[cpu,train,export,llm]"
 	@touch $@
 
 $(DEV): $(BUILT)
-	$(PIP) --editable ".[cpu,train,export,dev]"
+	$(PIP) --editable ".[cpu,train,export,llm,dev]"
 	@# Only its tritonserver is used; its Python part, which would ask for NumPy 1, is not.
 	$(PIP) --no-deps nvidia-pytriton==0.7.0 || echo "no nvidia-pytriton here: the tests on Triton will be skipped"
 	@touch $@

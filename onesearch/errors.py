@@ -7,6 +7,7 @@ OneSearchError
  ├── BundleError      a bundle is missing, damaged or foreign (lists every fault)
  ├── DecodeError      the model produced something that cannot be searched (NaN or infinite logits)
  ├── DeadlineError    a search was given up because its time had run out
+ ├── ProviderError    a keyword provider or language model gave no usable answer
  └── ExportError      a graph cannot be exported or misses its parity gate
 """
 
@@ -69,6 +70,12 @@ class DeadlineError(OneSearchError):
 
     code = "deadline-exceeded"
     status = 503
+
+
+class ProviderError(OneSearchError):
+    """A keyword provider or the language model behind it gave no usable answer; trying again may help."""
+
+    code = "provider"
 
 
 class ExportError(FaultsError):

@@ -69,11 +69,10 @@ class Memory:
             visit = await self._breaker.call(lambda: self._store.users.visit(user, query, unknown, now))
         except StateUnavailable:
             return self._recalled(UserState(), keys, found, () if user is None else (STATE_UNAVAILABLE,))
-        wanted = self._cache.put(unknown, visit.keywords, now)
-        for key in wanted:
-            personal = key != keys[-1]
-            if not personal or visit.state.known:
-                self._outbox.enqueue(Job(text, user if personal else None, now))
+        # There is nothing to make a stranger's keywords of: those of the query are theirs.
+        asked = [key for key in unknown if visit.state.known or key == keys[-1]]
+        for key in self._cache.put(asked, visit.keywords, now):
+            self._outbox.enqueue(Job(text, None if key == keys[-1] else user, now))
         lost: tuple[Loss, ...] = (UNKNOWN_USER,) if user is not None and not visit.state.known else ()
         return self._recalled(visit.state, keys, found | visit.keywords, lost)
 

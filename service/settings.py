@@ -43,6 +43,17 @@ class Settings(BaseSettings):
     rates_refresh_seconds: float = Field(
         default=5.0, gt=0, description="how often counters of events reach the order of items in a SID"
     )
+    keyword_ttl_days: float = Field(default=7.0, gt=0, description="how long keywords of a query count as fresh")
+    llm_url: str | None = Field(
+        default=None, description="OpenAI-compatible endpoint that makes keywords; default: the bundle's rules"
+    )
+    llm_model: str = Field(default="default", description="model to ask for")
+    llm_key: SecretStr = Field(default=SecretStr("none"), description="key of the endpoint")
+    llm_language: Literal["en", "zh"] = Field(default="en", description="language of the prompts")
+    llm_timeout_seconds: float = Field(default=30.0, gt=0, description="longest wait for one try")
+    llm_requests_per_minute: float = Field(default=0.0, ge=0, description="pace of one worker; 0: no limit")
+    llm_prompt_price: float = Field(default=0.0, ge=0, description="price of a million prompt tokens")
+    llm_completion_price: float = Field(default=0.0, ge=0, description="price of a million completion tokens")
     keyword_cache_size: int = Field(default=50_000, ge=1, description="keyword entries kept in this process")
     catalog: Path = Field(
         default=Path("onesearch-catalog"), description="folder of the changes of items and what is made of them"

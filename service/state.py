@@ -50,9 +50,9 @@ class UserState:
         """Whether anything is remembered of this user."""
         return bool(self.queries or self.clicks or self.long or self.profile)
 
-    def until(self, at: float) -> "UserState":
-        """What was remembered at a time: entries of that moment and before."""
-        cut = {name: tuple(e for e in getattr(self, name) if e.at <= at) for name in LIMITS}
+    def before(self, at: float) -> "UserState":
+        """What was remembered just before a time."""
+        cut = {name: tuple(e for e in getattr(self, name) if e.at < at) for name in LIMITS}
         return UserState(**cut, profile=self.profile)
 
     def context(self, query: str) -> SearchContext:

@@ -3,16 +3,18 @@
 import logging
 import os
 import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import orjson
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, start_http_server
 from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from onesearch import __version__
+from onesearch.llm import Usage
 
 SHARED_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 """The variable by which prometheus-client, when imported, learns the folder where workers share their metrics."""
@@ -150,6 +152,54 @@ class Metrics:
         everyone = CollectorRegistry()
         MultiProcessCollector(everyone)  # type: ignore[no-untyped-call]
         return generate_latest(everyone)
+
+
+class WorkerMetrics:
+    """The metrics of one keyword worker; usage is what its language model spends."""
+
+    def __init__(self, usage: Usage) -> None:
+        self._registry = CollectorRegistry()
+        shared: dict[str, Any] = {"namespace": "onesearch_keywords", "registry": self._registry}
+        self._jobs = Counter("jobs", "Jobs settled.", ["outcome"], **shared)
+        self._seconds = Histogram("job_seconds", "Time to make keywords.", buckets=_BUCKETS, **shared)
+        lags = (0.1, 0.5, 1.0, 5.0, 30.0, 120.0, 600.0, 3600.0)
+        self._lag = Histogram("lag_seconds", "From a search that missed to its entry.", buckets=lags, **shared)
+        self._queue = Gauge("queue_jobs", "Jobs in the store.", ["state"], **shared)
+        self._oldest = Gauge("queue_lag_seconds", "Age of the oldest waiting job.", **shared)
+        spent = (("prompt_tokens", "Tokens sent."), ("completion_tokens", "Tokens received."), ("cost", "Cost."))
+        for name, text in (*spent, ("answers", "Answers."), ("failures", "Questions without an answer.")):
+            Gauge(f"llm_{name}", text, **shared).set_function(partial(getattr, usage, name))
+
+    def done(self, seconds: float, lag_seconds: float) -> None:
+        """Count a finished job."""
+        self._jobs.labels("done").inc()
+        self._seconds.observe(seconds)
+        self._lag.observe(lag_seconds)
+
+    def failed(self, given_up: bool) -> None:
+        """Count a failed try."""
+        self._jobs.labels("given_up" if given_up else "retried").inc()
+
+    def queue(self, waiting: int, dead: int, lag_seconds: float) -> None:
+        """Tell the state of the queue."""
+        self._queue.labels("waiting").set(waiting)
+        self._queue.labels("dead").set(dead)
+        self._oldest.set(lag_seconds)
+
+    def exposition(self) -> bytes:
+        """All metrics in the Prometheus text format."""
+        return generate_latest(self._registry)
+
+    def serve(self, port: int) -> Callable[[], None]:
+        """Answer `/metrics` on a port, from a thread; returns what ends it."""
+        server, thread = start_http_server(port, registry=self._registry)
+
+        def close() -> None:
+            server.shutdown()
+            server.server_close()
+            thread.join()
+
+        return close
 
 
 class JsonFormatter(logging.Formatter):

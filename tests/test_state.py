@@ -62,7 +62,7 @@ async def test_items_are_appended_to_the_histories_of_their_events_with_their_ti
     state = await store.users.read("ann", NOW + 1)
     assert values(state) == ([], ["7"], ["7", "9"])
     assert [entry.at for entry in state.long] == [NOW, NOW + 0.25]
-    assert values(state.until(NOW)) == ([], ["7"], ["7"])
+    assert values(state.before(NOW + 0.25)) == ([], ["7"], ["7"])
 
 
 async def test_a_profile_replaces_the_former_one_and_can_be_dropped(store: Store) -> None:
