@@ -2,6 +2,9 @@
 // it is.
 #pragma once
 
+#include <bit>
+#include <cstring>
+
 #include "trie.hpp"
 
 namespace sid {
@@ -23,22 +26,21 @@ class EdgeMask {
     if (legal.size() != trie_->num_sids())
       throw std::invalid_argument("mask has " + std::to_string(legal.size()) + " entries, the trie has " +
                                   std::to_string(trie_->num_sids()) + " SIDs");
-    leaves().assign(legal.size() / 64 + 1, 0);
-    for (std::size_t leaf = 0; leaf < legal.size(); ++leaf)
-      leaves()[leaf / 64] |= std::uint64_t{legal[leaf] != 0} << (leaf % 64);
-    lift();
+    pack(legal, bits_[last()]);
+    for (std::uint32_t t = last(); t > 0; --t) lift(t);
+    for (const std::uint64_t word : bits_[last()]) num_legal_ += static_cast<std::uint32_t>(std::popcount(word));
   }
 
-  // This mask less some leaves, given by index. Throws std::invalid_argument for an index out of range.
+  // This mask less some leaves, given by index; beyond the copy it costs a walk up from each of them. Throws
+  // std::invalid_argument for an index out of range.
   EdgeMask without(std::span<const std::int64_t> leaves) const {
-    EdgeMask less(trie_, bits_[trie_->levels() - 1]);
+    EdgeMask less(*this);
     for (const std::int64_t leaf : leaves) {
       if (leaf < 0 || leaf >= trie_->num_sids())
         throw std::invalid_argument("leaf index is " + std::to_string(leaf) + ", expected 0.." +
                                     std::to_string(std::int64_t{trie_->num_sids()} - 1));
-      less.leaves()[static_cast<std::size_t>(leaf) / 64] &= ~(std::uint64_t{1} << (leaf % 64));
+      less.clear(static_cast<Edge>(leaf));
     }
-    less.lift();
     return less;
   }
 
@@ -58,28 +60,58 @@ class EdgeMask {
  private:
   using Bits = std::vector<std::uint64_t>;
 
-  // Unfinished: the levels above the leaves are missing.
-  EdgeMask(std::shared_ptr<const Trie> trie, Bits leaf_bits) : trie_(std::move(trie)) { leaves() = std::move(leaf_bits); }
+  std::uint32_t last() const { return trie_->levels() - 1; }
 
-  Bits& leaves() { return bits_[trie_->levels() - 1]; }
-
-  // Bits of all levels from those of the leaves.
-  void lift() {
-    for (std::uint32_t t = trie_->levels() - 1; t > 0; --t) {
-      bits_[t - 1].assign(trie_->level(t - 1).edges / 64 + 1, 0);
-      lift(t);
+  // One bit for each byte that is not zero, eight bytes at a time.
+  static void pack(std::span<const std::uint8_t> bytes, Bits& bits) {
+    bits.assign(bytes.size() / 64 + 1, 0);
+    for (std::size_t begin = 0; begin < bytes.size(); begin += 8) {
+      std::uint64_t eight = 0;
+      std::memcpy(&eight, bytes.data() + begin, std::min<std::size_t>(8, bytes.size() - begin));
+      constexpr std::uint64_t low = 0x7F7F7F7F7F7F7F7Fu, gather = 0x0102040810204080u;
+      const std::uint64_t ones = ((((eight & low) + low) | eight) & ~low) >> 7;
+      bits[begin / 64] |= (ones * gather >> 56) << (begin % 64);
     }
-    for (const std::uint64_t word : leaves()) num_legal_ += static_cast<std::uint32_t>(std::popcount(word));
   }
 
   // A node of level t - 1 is legal when one of its edges on level t is.
   void lift(std::uint32_t t) {
     const Level& level = trie_->level(t);
-    for (std::uint32_t node = 0; node < level.nodes; ++node) {
-      const EdgeRange range = level.children(node);
-      std::uint64_t any = 0;
-      for (Edge e = range.begin; e < range.end && any == 0; ++e) any = test(t, e);
-      bits_[t - 1][node / 64] |= any << (node % 64);
+    bits_[t - 1].assign(trie_->level(t - 1).edges / 64 + 1, 0);
+    EdgeRange range{0, 0};
+    for (std::uint32_t node = 0; node < level.nodes;) {
+      const std::uint32_t first = node, stop = std::min(level.nodes, first + 64);
+      std::uint64_t word = 0;
+      for (; node < stop; ++node) {
+        range = {range.end, level.first(node + 1)};
+        word |= std::uint64_t{any(t, range)} << (node - first);
+      }
+      bits_[t - 1][first / 64] = word;
+    }
+  }
+
+  // Whether any edge of a range is legal. Ranges are short: no branch that depends on the mask.
+  bool any(std::uint32_t t, EdgeRange range) const {
+    const std::uint64_t* const words = bits_[t].data();
+    std::uint64_t found = 0;
+    for (Edge begin = range.begin; begin < range.end; begin += 64) {
+      const std::uint32_t count = std::min<std::uint32_t>(64, range.end - begin), skip = begin % 64;
+      std::uint64_t bits = words[begin / 64] >> skip;
+      if (skip + count > 64) bits |= words[begin / 64 + 1] << (64 - skip);
+      found |= bits & (~std::uint64_t{0} >> (64 - count));
+    }
+    return found != 0;
+  }
+
+  // A leaf is no longer legal, nor is any node above it that has no other legal edge.
+  void clear(Edge edge) {
+    if (!test(last(), edge)) return;
+    --num_legal_;
+    for (std::uint32_t t = last();; --t) {
+      bits_[t][edge / 64] &= ~(std::uint64_t{1} << (edge % 64));
+      if (t == 0) return;
+      edge = trie_->level(t).parent(edge);
+      if (any(t, trie_->level(t).children(edge))) return;
     }
   }
 

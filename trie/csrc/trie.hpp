@@ -31,6 +31,16 @@ struct Level {
   Edge first(std::uint32_t node) const { return base[node >> shift] + offset[node]; }
   EdgeRange children(std::uint32_t node) const { return {first(node), first(node + 1)}; }
 
+  // The node that an edge leads away from.
+  std::uint32_t parent(Edge edge) const {
+    std::uint32_t node = 0;
+    for (std::uint32_t beyond = nodes; beyond - node > 1;) {
+      const std::uint32_t middle = node + (beyond - node) / 2;
+      (first(middle) <= edge ? node : beyond) = middle;
+    }
+    return node;
+  }
+
   // Edge of `code` within a node's edges, or range.end when there is none.
   Edge find(EdgeRange range, Code code) const {
     const Code* end = codes + range.end;
