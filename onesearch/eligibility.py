@@ -41,7 +41,9 @@ class Eligible:
         if filters is None or filters == Filters():
             return cls(catalog, trie, None, nothing, None, catalog.num_items)
         passed = catalog.eligible(filters)
-        return cls(catalog, trie, passed, nothing, trie.subset(catalog.sid_mask(passed)), int(passed.sum()))
+        return cls(
+            catalog, trie, passed, nothing, trie.subset(catalog.sid_mask(passed)), int(np.count_nonzero(passed))
+        )
 
     def without(self, rows: Rows) -> Self:
         """Less some rows, which may repeat or not be eligible at all. Linear in the rows of their SIDs."""

@@ -185,7 +185,10 @@ class Snapshot:
         chosen = cache.get(filters, lambda: Eligible.under(base.catalog, base.trie, filters))
         if len(self.hidden):
             chosen = cache.get((filters, self.seq), lambda: chosen.without(self.hidden))
-        return Selection(self.trie, chosen, Eligible.under(self.added, self._added_trie, filters))
+        added = cache.get(
+            (filters, self.seq, "added"), lambda: Eligible.under(self.added, self._added_trie, filters)
+        )
+        return Selection(self.trie, chosen, added)
 
     def _both_leaves(self, leaves: Rows) -> tuple[Rows, Rows]:
         """The leaf of each SID in the base and in the added trie, -1 where it has none, int64 [n] each."""

@@ -1,22 +1,27 @@
 """The items API over a fake model: visible at once, durable, undone by a rollback, and only with the key."""
 
 import asyncio
+import gc
 import os
 import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import orjson
 import pytest
 from pydantic import SecretStr
 from service_fakes import FIRST_ID, fake_deployment, fake_engine, fake_settings
 from starlette.testclient import TestClient
 from test_service import assert_problem
 
-from onesearch.catalog import Item
+from onesearch.catalog import Filters, Item
+from onesearch.decode import BeamConfig, beam_search
 from onesearch.errors import ConfigError
 from service.app import create_app
 from service.items import Items
@@ -248,7 +253,8 @@ def test_processes_that_share_the_folder_see_each_others_changes_in_the_next_sea
 KILLED = """
 import sys
 from pathlib import Path
-from onesearch.catalog import Item
+from onesearch.catalog import Filters, Item
+from onesearch.decode import BeamConfig, beam_search
 from service.journal import Journal
 journal = Journal(Path(sys.argv[1]))
 for batch in range(10_000):
@@ -355,3 +361,65 @@ def test_the_journal_is_one_plain_sqlite_file(tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / "journal.sqlite3") as db:
         assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
     db.close()
+
+
+def test_searches_never_fail_through_changes_compactions_swaps_and_rollbacks(tmp_path: Path) -> None:
+    """Readers check that every page is one whole state; at the end nothing of the old versions is in memory."""
+    engine = fake_engine(tmp_path)
+    items = Items([engine], tmp_path / "catalog", 30, Metrics())
+    stop, faults, searches = threading.Event(), [], [0] * 3
+
+    def read(reader: int) -> None:
+        while not stop.is_set():
+            try:
+                snapshot = engine.live.snapshot
+                selection = snapshot.select(Filters(brand="clay", exclude_items=(1000,)) if reader else None)
+                found = beam_search(flat, snapshot.trie, BeamConfig(50, 50), selection.mask)
+                rows, _ = snapshot.expand(found.leaves, 1000, selection)
+                shown = [orjson.loads(snapshot.item_json(row)) for row in rows.tolist()]
+                prices = {item["price"] for item in shown if 1000 < item["item_id"] < 2000}
+                ids = {item["item_id"] for item in shown}
+                if len(ids) != len(shown) or len(ids) != selection.count or len(prices) > 1:
+                    faults.append(f"{snapshot.version}: {len(shown)} shown, {len(ids)} distinct, prices {prices}")
+                if reader and (1000 in ids or any(item["brand"] != "Clay" for item in shown)):
+                    faults.append(f"{snapshot.version}: shows what the filters forbid")
+                searches[reader] += 1
+            except Exception as error:
+                faults.append(repr(error))
+
+    async def write() -> None:
+        states: list[tuple[str, int]] = []
+        for n in range(100):
+            batch = [(1000 + i, Item(1000 + i, "mug", "Clay", price=float(n))) for i in range(12)]
+            await items.change([*batch, (2000 + n, Item(2000 + n, "cup", price=float(n))), (2000 + n - 20, None)])
+            states.append((engine.live.snapshot.version, engine.live.snapshot.num_items))
+            if n % 40 == 39:
+                await items.roll_back()
+                states.append((engine.live.snapshot.version, engine.live.snapshot.num_items))
+        assert len({version for version, _ in states}) == len(states)
+        await items.compact()
+
+    threads = [threading.Thread(target=read, args=(n,)) for n in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        asyncio.run(write())
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert faults == []
+    assert min(searches) > 20
+    gc.collect()
+    folder = str(tmp_path / "catalog" / "versions")
+    mapped = {
+        line.split(folder)[1].split("/")[2]
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if folder in line
+    }
+    assert mapped == {str(engine.live.snapshot.base.seq)}
+    asyncio.run(items.close())
+
+
+def flat(codes: np.ndarray, parents: np.ndarray) -> np.ndarray:
+    return np.zeros((len(codes), (3, 2, 3, 2, 2)[codes.shape[1]]), dtype=np.float32)
