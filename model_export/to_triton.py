@@ -3,9 +3,9 @@
     REPOSITORY/onesearch_search/config.pbtxt         inputs, batching, instances, warm-up, contract and versions
                                /N/model.py           the decode loop, run by Triton's Python backend
                                /N/search.json        SID grammar, versions, names of the graphs' tensors
-                               /N/trie.bin, graphs/  the catalog's trie; prefill and step, to be run in process
+                               /N/graphs/            prefill and step, to be run in process
                                /N/recorded.npz       calls with the answers that a version must give to load
-                               /catalogs/V.trie      tries published since
+                               /catalogs/V.trie      the trie of each catalog that a search may ask for
     REPOSITORY/onesearch_prefill, onesearch_step     the graphs as models of their own
 
 A repository and a version of one appear whole or not at all. Which version is served is said by config.pbtxt alone.
@@ -30,11 +30,10 @@ from onesearch.errors import ExportError
 from onesearch.remote import Answer, Call
 from onesearch.runtime import PREFILL_FILE, STEP_FILE, Precision, open_decoder
 from onesearch.search import GOLDEN_TOP, Searcher, replay
-from trie import SidTrie
 
 Graphs = Literal["in-process", "onnxruntime", "tensorrt"]
 """Who runs the graphs: the search model itself, on the CPU; or models of their own, on the GPU"""
-ABOUT, CONFIG = "search.json", "config.pbtxt"
+ABOUT, RECORD, CONFIG = "search.json", "recorded.npz", "config.pbtxt"
 MODELS = (remote.PREFILL, remote.STEP, remote.MODEL)
 RECORDED = 8
 RECORDED_WIDTH = 64
@@ -87,13 +86,13 @@ def write_version(path: Path, repository: Path, number: int, serving: Serving, s
     recorded = _record(bundle, serving)
 
     say(f"[3/3] write version {number}")
+    _publish(bundle, repository)
     with _whole(*(repository / model / str(number) for model in MODELS)) as (prefill, step, search):
         shutil.copyfile(bundle.graphs / PREFILL_FILE, prefill / "model.onnx")
         shutil.copyfile(bundle.graphs / STEP_FILE, step / "model.onnx")
         shutil.copytree(bundle.graphs, search / "graphs", ignore=shutil.ignore_patterns(STAMP))
-        shutil.copyfile(path / "trie.bin", search / "trie.bin")
         shutil.copyfile(Path(__file__).with_name("triton_search.py"), search / "model.py")
-        remote.write_recorded(search / "recorded.npz", recorded)
+        remote.write_recorded(search / RECORD, recorded)
         (search / ABOUT).write_bytes(orjson.dumps(_about(bundle, serving), option=orjson.OPT_INDENT_2))
 
 
@@ -104,7 +103,7 @@ def activate(repository: Path, number: int, beside: int | None = None) -> None:
     """
     search = repository / remote.MODEL
     about = read_about(repository, number)
-    call, _ = remote.read_recorded(search / str(number) / "recorded.npz")[0]
+    call, _ = remote.read_recorded(search / str(number) / RECORD)[0]
     (search / "warmup").mkdir(exist_ok=True)
     for name, array in call.tensors().items():
         _replace(search / "warmup" / f"{number}.{name}", array.tobytes())
@@ -154,10 +153,14 @@ def publish_catalog(path: Path, repository: Path) -> str:
     if bundle.manifest.digest != about["digest"]:
         fault = f"contract digest is {bundle.manifest.digest[:12]}, the repository's is {about['digest'][:12]}"
         raise ExportError(f"bundle {path}", [fault])
-    folder = repository / remote.MODEL / remote.CATALOGS
-    folder.mkdir(exist_ok=True)
-    SidTrie.open(path / "trie.bin").save(folder / f"{bundle.manifest.catalog_version}.trie")
+    _publish(bundle, repository)
     return bundle.manifest.catalog_version
+
+
+def _publish(bundle: Bundle, repository: Path) -> None:
+    folder = repository / remote.MODEL / remote.CATALOGS
+    folder.mkdir(parents=True, exist_ok=True)
+    bundle.trie.save(folder / f"{bundle.manifest.catalog_version}.trie")
 
 
 def _record(bundle: Bundle, serving: Serving) -> list[tuple[Call, Answer]]:

@@ -24,7 +24,8 @@ def search_config(number: int, about: Mapping[str, Any], warmup: Call) -> str:
     """Configuration that serves one version of the search model.
 
     Searches that arrive while all instances are busy are batched; one whose time runs out in the queue is refused,
-    as is one that finds MAX_QUEUE others waiting.
+    as is one that finds MAX_QUEUE others waiting. There is no warm-up where the graphs are models of their own: a
+    starting server answers no model's requests.
     """
     inputs = remote.inputs(about["history_dim"])
     queue = pb.ModelQueuePolicy(
@@ -41,7 +42,7 @@ def search_config(number: int, about: Mapping[str, Any], warmup: Call) -> str:
             pb.ModelInstanceGroup(kind=pb.ModelInstanceGroup.KIND_CPU, count=about["serving"]["instances"])
         ],
         dynamic_batching=pb.ModelDynamicBatching(default_queue_policy=queue),
-        model_warmup=[_warmup(number, inputs, warmup)],
+        model_warmup=[_warmup(number, inputs, warmup)] if about["serving"]["graphs"] == "in-process" else [],
     )
     values = {
         remote.DIGEST: about["digest"],

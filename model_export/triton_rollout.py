@@ -21,6 +21,7 @@ from tritonclient.utils import InferenceServerException
 
 from model_export.to_triton import (
     MODELS,
+    RECORD,
     Serving,
     activate,
     active_version,
@@ -67,21 +68,35 @@ def rollback(repository: Path, server: str, to: int | None = None) -> int:
 
 
 def switch(repository: Path, number: int, server: str) -> None:
-    """Serve a version. Raises ExportError when the server does not load it; then the present one is served on."""
+    """Serve a version. Raises ExportError when the server refuses it; then the present one is served on."""
     before = active_version(repository)
-    models = MODELS if read_about(repository, number)["serving"]["graphs"] != "in-process" else MODELS[-1:]
-    activate(repository, number, beside=before)
     try:
-        with _client(server) as client:
-            for model in models:
-                client.load_model(model, client_timeout=LOAD_SECONDS)
-            if not client.is_model_ready(remote.MODEL, str(number)):
-                raise ExportError(
-                    f"server {server}", [f"does not serve version {number}; is this its repository?"]
-                )
+        _load(repository, number, server, before)
+        _ask(repository, number, server)
     except BaseException:
-        activate(repository, before)
+        _load(repository, before, server, before)
         raise
+
+
+def _load(repository: Path, number: int, server: str, before: int) -> None:
+    """Have the server load a version; the graphs of the one before stay, so that its last searches can end."""
+    served = read_about(repository, number)["serving"]["graphs"]
+    activate(repository, number, beside=before)
+    with _client(server) as client:
+        for model in MODELS[-1:] if served == "in-process" else MODELS:
+            client.load_model(model, client_timeout=LOAD_SECONDS)
+
+
+def _ask(repository: Path, number: int, server: str) -> None:
+    """One recorded search, which makes a version prove itself."""
+    call, _ = remote.read_recorded(repository / remote.MODEL / str(number) / RECORD)[0]
+    types = {tensor.name: tensor.dtype for tensor in remote.inputs(call.prompt.history.shape[1])}
+    inputs = [
+        grpc.InferInput(name, [1, *array.shape], types[name]).set_data_from_numpy(array[None])
+        for name, array in call.tensors().items()
+    ]
+    with _client(server) as client:
+        client.infer(remote.MODEL, inputs, model_version=str(number), client_timeout=LOAD_SECONDS)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ project and onnxruntime installed. A version that does not reproduce its recorde
 keeps serving the version before it.
 """
 
+import ctypes
 import json
 import os
 import site
@@ -37,26 +38,32 @@ from trie import Overlay, SidTrie
 
 KEPT_CATALOGS = 2
 _KEPT_OVERLAYS = 8
+_TAKEN = ctypes.c_char_p(b"used_dltensor")
 
 
 class TritonPythonModel:
     """One instance of one version; `execute` runs the searches of a batch side by side."""
 
     def initialize(self, args: Mapping[str, str]) -> None:
-        """Open the version's folder and replay its recorded answers; whatever is raised, Triton refuses the load."""
+        """Open the version's folder; whatever is raised, Triton refuses the load."""
         inputs = json.loads(args["model_config"])["input"]
         folder = Path(args["model_repository"]) / args["model_version"]
         self._about = json.loads((folder / "search.json").read_text("utf-8"))
-        self._tries = Tries(folder, self._about["catalog_version"])
+        self._tries = Tries(folder.parent / remote.CATALOGS)
         self._decoder = _decoder(folder, self._about, int(args["model_version"]))
         self._names = [tensor["name"] for tensor in inputs]
         self._pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
-        faults = self._replay(folder)
-        if faults:
-            raise ConfigError("\n  - ".join([f"model {self._about['model_version']}: refused", *faults]))
+        self._unproven = remote.read_recorded(folder / "recorded.npz")
+        if self._about["serving"]["graphs"] == "in-process":
+            self._prove()
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        """One response per request, in order; a failed search fails alone."""
+        """One response per request, in order; a failed search fails alone.
+
+        Where the graphs are models of their own, which cannot be asked before, the first request proves the version.
+        """
+        if self._unproven:
+            self._prove()
         return list(self._pool.map(self._respond, requests))
 
     def finalize(self) -> None:
@@ -104,24 +111,26 @@ class TritonPythonModel:
         times = ((read - started) * 1e3, (time.perf_counter() - read) * 1e3)
         return Answer(found, self._about["model_version"], times)
 
-    def _replay(self, folder: Path) -> list[str]:
-        """Faults of the recorded calls: their answers must be the recorded ones within the golden tolerance."""
-        faults, allowed = [], GOLDEN_TOLERANCE["fp32"]
-        for number, (call, expected) in enumerate(remote.read_recorded(folder / "recorded.npz")):
+    def _prove(self) -> None:
+        """Raises ConfigError unless the recorded calls get their recorded answers, within the golden tolerance."""
+        faults, allowed = [], GOLDEN_TOLERANCE["fp32"]  # the answers are those of the very same graphs
+        for number, (call, expected) in enumerate(self._unproven):
             gap = score_gap(expected.found, self._search(call, _never).found)
             if gap > allowed:
                 faults.append(f"recorded call {number}: scores differ by {gap:.2g}, allowed {allowed}")
-        return faults
+        if faults:
+            raise ConfigError("; ".join([f"model {self._about['model_version']} is refused", *faults]))
+        self._unproven = []
 
 
 class Tries:
-    """The tries that calls ask for by version: the one exported with the model, and those published since.
+    """The tries that calls ask for by version, opened when first asked for; the latest KEPT_CATALOGS stay open.
 
-    The latest KEPT_CATALOGS stay open. Raises LookupError for a version that is in neither place.
+    Raises LookupError for a version that was not published.
     """
 
-    def __init__(self, folder: Path, own: str) -> None:
-        self._own, self._folder = own, folder
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
         self._base = lru_cache(KEPT_CATALOGS)(self._open)
         self._overlay = lru_cache(_KEPT_OVERLAYS)(self._build)
 
@@ -134,9 +143,8 @@ class Tries:
         return self._overlay(version, added.tobytes())
 
     def _open(self, version: str) -> SidTrie:
-        published = self._folder.parent / remote.CATALOGS / f"{version}.trie"
         try:
-            return SidTrie.open(self._folder / "trie.bin" if version == self._own else published)
+            return SidTrie.open(self._folder / f"{version}.trie")
         except OSError as error:
             raise LookupError(f"catalog {version!r} is not on this server; publish it first") from error
 
@@ -196,9 +204,20 @@ def _vocab(about: Mapping[str, Any]) -> SidVocab:
 
 
 def _tensors(arrays: Mapping[str, npt.NDArray[Any]]) -> list[Any]:
-    """DLPack, because `as_numpy` and the plain constructor of older backends misread arrays of NumPy 2."""
-    writable = {name: np.require(array, requirements=["C", "W"]) for name, array in arrays.items()}
-    return [pb.Tensor.from_dlpack(n, a) if a.size else pb.Tensor(n, a) for n, a in writable.items()]
+    return [_tensor(name, np.require(array, requirements=["C", "W"])) for name, array in arrays.items()]
+
+
+def _tensor(name: str, array: npt.NDArray[Any]) -> Any:
+    """A tensor by DLPack, because older backends misread NumPy 2 arrays in the plain constructor and `as_numpy`.
+
+    The backend marks a capsule it has taken with a name of its own, at which NumPy complains, not the standard's.
+    """
+    if not array.size:
+        return pb.Tensor(name, array)
+    capsule = array.__dlpack__()
+    tensor = pb.Tensor.from_dlpack(name, capsule)
+    ctypes.pythonapi.PyCapsule_SetName(ctypes.py_object(capsule), _TAKEN)
+    return tensor
 
 
 def _check(abandoned: Callable[[], bool]) -> None:

@@ -30,6 +30,7 @@ class TritonServer:
         self._site = sysconfig.get_path("purelib")
         stub = wheel / "python_backend_stubs" / f"3.{sys.version_info.minor}" / "triton_python_backend_stub"
         self._skip_without_python(stub)
+        folder.mkdir(exist_ok=True)
         backends = folder / "backends"
         shutil.copytree(wheel / "backends", backends)
         shutil.copy(stub, backends / "python")
