@@ -169,7 +169,7 @@ def _record(bundle: Bundle, serving: Serving) -> list[tuple[Call, Answer]]:
     decoder = open_decoder(bundle.graphs, bundle.renderer.sids, bundle.renderer.bos, 1, serving.precision)
     searcher, manifest = Searcher(bundle, decoder), bundle.manifest
     examples = bundle.examples[:RECORDED]
-    if faults := replay(searcher, examples) if serving.precision == "fp32" else []:
+    if faults := replay(searcher, examples, serving.precision):
         raise ExportError(f"graphs {bundle.graphs}", faults)
     recorded = []
     config = BeamConfig(width=RECORDED_WIDTH, top_n=min(GOLDEN_TOP, RECORDED_WIDTH))

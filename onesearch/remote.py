@@ -24,7 +24,12 @@ from onesearch.sid import LEVELS, RQ_LEVELS, Codes
 MODEL, PREFILL, STEP = "onesearch_search", "onesearch_prefill", "onesearch_step"
 CATALOGS = "catalogs"
 """Folder of the search model that holds the tries of the catalogs, as VERSION.trie"""
-DIGEST, MODEL_VERSION, CATALOG_VERSION = "contract_digest", "model_version", "catalog_version"
+DIGEST, MODEL_VERSION, CATALOG_VERSION, PRECISION = (
+    "contract_digest",
+    "model_version",
+    "catalog_version",
+    "precision",
+)
 """Parameters of the model's configuration, which a gateway compares with its bundle before it sends a search."""
 
 Tensors = dict[str, npt.NDArray[Any]]

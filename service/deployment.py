@@ -154,5 +154,6 @@ def _on_triton(
         raise ConfigError(f"inference: {settings.inference!r} needs the extra onesearch[triton]") from error
     model = TritonModel(settings.inference, name, bundle.manifest.digest, settings.inference_timeout_ms / 1e3)
     searcher = TritonSearcher(bundle, model, fallback)
-    check = Probe(searcher) if fallback is None else partial(replay, searcher, bundle.examples)
+    golden = partial(replay, searcher, bundle.examples, settings.precision)
+    check = Probe(searcher) if fallback is None else golden
     return searcher, TritonRunner(searcher, settings.concurrency), check

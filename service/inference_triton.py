@@ -21,7 +21,7 @@ from onesearch.decode import BeamConfig, BeamResult, StepFn
 from onesearch.errors import ConfigError, DeadlineError, DecodeError, OneSearchError
 from onesearch.live import Selection
 from onesearch.remote import Answer, Call
-from onesearch.runtime import Decoder
+from onesearch.runtime import Decoder, Precision
 from onesearch.search import Clock, Searcher, replay
 from onesearch.sequence import Prompt
 from onesearch.sid import Codes
@@ -31,6 +31,7 @@ from trie import AnyTrie, SidTrie
 FALLBACK = "inference_fallback"
 PROBE_SECONDS = 2.0
 _SHORTEST = 1e-3
+_SERVED = (remote.MODEL_VERSION, remote.PRECISION)
 _ADDRESS = re.compile(r"triton://(?P<host>[^/]+:\d+)(/(?P<model>[A-Za-z0-9_.{}-]+))?")
 _RECONNECT = [
     ("grpc.initial_reconnect_backoff_ms", 100),
@@ -84,8 +85,8 @@ class TritonModel:
             raise self._translated(error) from error
         return Answer.parse({tensor.name: found.as_numpy(tensor.name)[0] for tensor in remote.OUTPUTS})
 
-    def model_version(self) -> str:
-        """Version of the model that is served. Raises InferenceUnavailable when it is not the right one."""
+    def served(self) -> tuple[str, Precision]:
+        """Version and precision of the model. Raises InferenceUnavailable when there is none of this contract."""
         try:
             config = self._client.get_model_config(self.name, client_timeout=PROBE_SECONDS).config
             ready = self._client.is_model_ready(self.name, client_timeout=PROBE_SECONDS)
@@ -98,7 +99,8 @@ class TritonModel:
             raise InferenceUnavailable(
                 f"{self}: its contract digest is {served[:12]!r}, the bundle's is {self._digest[:12]!r}"
             )
-        return str(config.parameters[remote.MODEL_VERSION].string_value)
+        version, precision = (config.parameters[name].string_value for name in _SERVED)
+        return version, precision
 
     def close(self) -> None:
         """Drop the connection."""
@@ -207,10 +209,10 @@ class Probe:
     def __call__(self) -> list[str]:
         """Faults, none when all is well. Golden examples are replayed once whenever the bundle's own model comes up."""
         try:
-            version = self._model.model_version()
+            version, precision = self._model.served()
             bundle = self._searcher.bundle
             new = version != self._passed and version == bundle.manifest.model_version
-            if new and (faults := replay(self._searcher, bundle.examples)):
+            if new and (faults := replay(self._searcher, bundle.examples, precision)):
                 return faults
             self._passed = version
         except OneSearchError as error:

@@ -109,10 +109,11 @@ def test_live_changes_of_the_catalog_reach_the_server_with_each_search(
     changes += [Change(7 + n, item_id, None) for n, item_id in enumerate((2, 3, 4, 5, 6, 7))]
     seen = set()
     for one in (embedded, searcher):
+        (tmp_path / type(one).__name__).mkdir()
         one.live.apply(changes[:9])
     for step in (
         lambda one: None,
-        lambda one: one.live.compact(tmp_path),
+        lambda one: one.live.compact(tmp_path / type(one).__name__),
         lambda one: one.live.apply(changes[9:]),
     ):
         for one in (embedded, searcher):
