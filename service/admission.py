@@ -19,6 +19,7 @@ NARROW_BEAM = "narrow_beam"
 _RUNGS = 3
 _PATIENCE = 2
 _WEIGHT = 0.1
+_MARGIN = 2.0  # estimates are means: twice as much is planned for
 
 
 class Overloaded(Refused):
@@ -66,11 +67,13 @@ class Admission:
         kind: searches of one kind take about the same time at one width. deadline: `time.monotonic()`. Raises
         Overloaded when the queue is full or the deadline cannot be met, DeadlineError when it passes meanwhile.
         """
-        rungs = ladder(width, limit)
-        await self._enter(self._times.estimate(kind, rungs[-1]), deadline)
+        self.check(kind, width, limit, deadline)
+        await self._enter(deadline)
         self._count(running=1)
         try:
-            started = time.monotonic()
+            rungs, started = ladder(width, limit), time.monotonic()
+            if self.waiting and self._times.estimate(kind, rungs[-1]) > deadline - started:
+                raise DeadlineError("too little time was left after waiting")
             chosen = self._choose(kind, rungs, deadline - started)
             yield chosen
             self._times.observe(kind, chosen, time.monotonic() - started)
@@ -78,22 +81,28 @@ class Admission:
             self._slots.release()
             self._count(running=-1)
 
-    async def _enter(self, fastest: float, deadline: float) -> None:
-        """Wait for a slot. fastest: expected seconds of this search at its narrowest."""
+    def check(self, kind: Hashable, width: int, limit: int, deadline: float) -> None:
+        """Whether a search would be let in now; asked before any work is done for it. Raises like `slot`."""
         left = deadline - time.monotonic()
         if left <= 0:
             raise DeadlineError("the deadline passed before the search could start")
-        rounds = (self.waiting + 1) / self._concurrency if self._slots.locked() else 0.0
-        if self.waiting >= self._queue_limit and self._slots.locked():
-            raise Overloaded(f"{self.waiting} searches are waiting already", math.ceil(fastest * rounds))
-        if self._slots.locked() and fastest * (rounds + 1) > left:
-            raise Overloaded("too many searches are waiting for this deadline", math.ceil(fastest * rounds))
+        if not self._slots.locked():
+            return
+        fastest = self._times.estimate(kind, ladder(width, limit)[-1])
+        wait = fastest * (self.waiting + 1) / self._concurrency
+        if self.waiting >= self._queue_limit:
+            raise Overloaded(f"{self.waiting} searches are waiting already", math.ceil(wait))
+        if _MARGIN * (wait + fastest) > left:
+            raise Overloaded("too many searches are waiting for this deadline", math.ceil(wait))
+
+    async def _enter(self, deadline: float) -> None:
+        """Wait for a slot."""
         if not self._slots.locked():
             await self._slots.acquire()
             return
         self._count(waiting=1)
         try:
-            async with asyncio.timeout(left):
+            async with asyncio.timeout(deadline - time.monotonic()):
                 await self._slots.acquire()
         except TimeoutError:
             raise DeadlineError("the deadline passed while the search waited") from None

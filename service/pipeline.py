@@ -84,6 +84,8 @@ class Pipeline:
         started = time.perf_counter()
         variant, arms = self.choose(caller, request.user_id)
         deadline = time.monotonic() + self._deadline if caller.deadline is None else caller.deadline
+        engine = variant.engine.name
+        self._admission.check(engine, variant.options.width, request.limit, deadline)
         recalled = await self._memory.recall(request.user_id, request.query, variant.options.keywords)
         degraded: list[str] = [*recalled.degraded]
         spent = {"state": _ms_since(started)}
@@ -91,7 +93,7 @@ class Pipeline:
         filters = None if request.filters is None else request.filters.to_filters()
         options = variant.search_options(request.limit, filters=filters, deadline=deadline)
         asked = time.perf_counter()
-        async with self._admission.slot(variant.engine.name, options.width, options.limit, deadline) as width:
+        async with self._admission.slot(engine, options.width, options.limit, deadline) as width:
             spent["queue"] = _ms_since(asked)
             if width < options.width:
                 degraded.append(NARROW_BEAM)
