@@ -62,11 +62,15 @@ def answers(model: type[Any], *problems: int, status: int = 200) -> dict[int | s
 
 _HEADERS = {
     "parameters": [
-        {"name": name, "in": "header", "required": False, "description": text, "schema": {"type": "string"}}
-        for name, text in (
-            (VARIANT_HEADER, "forces a variant"),
-            (BUCKET_HEADER, "key of the sticky split"),
-            (DEADLINE_HEADER, "milliseconds after which the answer is of no use"),
+        {"name": name, "in": "header", "required": False, "description": text, "schema": schema}
+        for name, text, schema in (
+            (VARIANT_HEADER, "forces a variant", {"type": "string"}),
+            (BUCKET_HEADER, "key of the sticky split", {"type": "string"}),
+            (
+                DEADLINE_HEADER,
+                "milliseconds after which the answer is of no use",
+                {"type": "integer", "minimum": 1, "maximum": MAX_DEADLINE_MS},
+            ),
         )
     ]
 }
@@ -87,7 +91,7 @@ def _deadline(given: str | None, arrived: float) -> float | None:
     """The `time.monotonic()` until which the caller waits, from the header's milliseconds."""
     if given is None:
         return None
-    if not (given.isascii() and given.isdigit() and 1 <= int(given[:9]) <= MAX_DEADLINE_MS):
+    if not (given.isascii() and given.isdigit() and len(given) <= 5 and 1 <= int(given) <= MAX_DEADLINE_MS):
         raise HeaderError(
             DEADLINE_HEADER, f"{given[:64]!r} is not a number of milliseconds, 1 to {MAX_DEADLINE_MS}"
         )
