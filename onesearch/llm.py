@@ -111,10 +111,10 @@ class LlmClient:
 def _text(answer: Any) -> str:
     """The text of a completion. Endpoints that are only nearly compatible leave things out."""
     choices = getattr(answer, "choices", None)
-    message = getattr(choices[0], "message", None) if choices else None
-    text = getattr(message, "content", None)
+    first = choices[0] if isinstance(choices, list) and choices else None
+    text = getattr(getattr(first, "message", None), "content", None)
     if not isinstance(text, str) or not text.strip():
         raise ProviderError("llm: the answer holds no text")
-    if choices is not None and choices[0].finish_reason == "length":
+    if getattr(first, "finish_reason", None) == "length":
         raise ProviderError("llm: the answer was cut off")
     return text.strip()

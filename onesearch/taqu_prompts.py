@@ -75,7 +75,7 @@ def analysis(query: str, language: Language) -> str:
 
 def extraction(query: str, understood: str, language: Language) -> str:
     """Step 2: keywords from the analysis."""
-    return _EXTRACTION[language].format(query=normalise(query), analysis=normalise(understood))
+    return _EXTRACTION[language].format(query=normalise(query), analysis=understood)
 
 
 def calibration(
