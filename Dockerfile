@@ -18,7 +18,7 @@ RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
 
 FROM python:3.11.13-slim-bookworm AS gateway
 COPY --from=build /wheels /wheels
-RUN pip install --no-cache-dir "$(echo /wheels/onesearch-*.whl)[cpu]" \
+RUN pip install --no-cache-dir "$(echo /wheels/onesearch-*.whl)[cpu,llm]" \
  && useradd --create-home --uid 10001 onesearch \
  && install -d -o onesearch /bundle /state
 USER onesearch

@@ -64,7 +64,8 @@ def _lifespan(
     async def lifespan(app: FastAPI) -> AsyncIterator[routes.Parts]:
         memory = Memory(store, settings, metrics, deployment.rates)
         watching = watch_experiments(settings.experiments, deployment, metrics)
-        background = [asyncio.create_task(work) for work in (readiness.check(), watching, memory.run())]
+        background = [asyncio.create_task(work) for work in (readiness.check(), watching)]
+        memory.start()
         yield {
             "deployment": deployment,
             "pipeline": Pipeline(deployment, memory, settings, metrics),

@@ -5,8 +5,9 @@ process, else with the round trip; what is missing is asked for in the backgroun
 """
 
 import asyncio
+import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +18,7 @@ from onesearch.text import normalise
 from service.breaker import Breaker
 from service.events import Event, Exposure
 from service.keywords import Entry, Job, KeywordCache, entry_key
-from service.outbox import Outbox
+from service.outbox import FLUSH_SECONDS, Outbox
 from service.settings import Settings
 from service.state import STATE_UNAVAILABLE, UNKNOWN_USER, Loss, StateUnavailable, UserState
 from service.store import Store
@@ -25,6 +26,7 @@ from service.telemetry import Metrics
 
 EVENTS_AT_ONCE = 100  # larger batches are applied in parts, so that searches get their turn between them
 COUNTERS_AT_ONCE = 1000
+logger = logging.getLogger("onesearch.store")
 
 
 @dataclass(frozen=True)
@@ -46,12 +48,14 @@ class Memory:
     def __init__(self, store: Store, settings: Settings, metrics: Metrics, rates: CalibratedRates) -> None:
         """rates are kept up to date with the counters of the store."""
         self._store = store
-        self._settings = settings
+        self._refresh_seconds = settings.rates_refresh_seconds
         self._metrics = metrics
         self._breaker = Breaker(store.ping, settings.state_timeout_ms / 1e3, metrics.breaker)
         self._cache = KeywordCache(settings.keyword_cache_size)
         self._outbox = Outbox(store, self._breaker, metrics)
         self._mark = 0
+        self._closing = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
         self._rates = rates
 
     async def recall(self, user: str | None, query: str, keywords: bool) -> Recalled:
@@ -96,14 +100,15 @@ class Memory:
         """Log an exposure soon."""
         self._outbox.expose(exposure)
 
-    async def run(self) -> None:
-        """The background work, until cancelled: deferred writes and the refresh of rates and gauges."""
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._outbox.run())
-            tasks.create_task(self._refresh())
+    def start(self) -> None:
+        """Begin the background work: deferred writes, and the refresh of rates and gauges."""
+        for work, pause in ((self._outbox.flush, FLUSH_SECONDS), (self.refresh, self._refresh_seconds)):
+            self._tasks.append(asyncio.create_task(self._repeat(work, pause)))
 
     async def close(self) -> None:
-        """Write what still waits; the store is not used afterwards."""
+        """End the background work and write what still waits; the store is not used afterwards."""
+        self._closing.set()
+        await asyncio.gather(*self._tasks)
         await self._outbox.flush()
         await self._breaker.close()
 
@@ -119,11 +124,16 @@ class Memory:
                 break
         self._metrics.queue(*await self._breaker.call(lambda: self._store.keywords.queue(time.time())))
 
-    async def _refresh(self) -> None:
-        while True:
-            with suppress(StateUnavailable):
-                await self.refresh()
-            await asyncio.sleep(self._settings.rates_refresh_seconds)
+    async def _repeat(self, work: Callable[[], Awaitable[None]], pause: float) -> None:
+        while not self._closing.is_set():
+            try:
+                await work()
+            except StateUnavailable:
+                pass  # the breaker has told, and the next time comes
+            except Exception:  # a fault in one round must not end all later ones
+                logger.exception("background work failed")
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._closing.wait(), pause)
 
     def _recalled(
         self, state: UserState, keys: Sequence[str], found: Mapping[str, Entry], lost: tuple[Loss, ...]

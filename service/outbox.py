@@ -4,7 +4,6 @@ Bounded: while the store is away the oldest are let go, and counted. The death o
 FLUSH_SECONDS of exposures. After a failed write a batch is written again, so one exposure may stand in the log twice.
 """
 
-import asyncio
 import time
 from collections import deque
 from functools import partial
@@ -44,12 +43,6 @@ class Outbox:
         if len(self._jobs) > MAX_WAITING:
             self._jobs.popleft()
             self._metrics.dropped("job")
-
-    async def run(self) -> None:
-        """Flush again and again."""
-        while True:
-            await asyncio.sleep(FLUSH_SECONDS)
-            await self.flush()
 
     async def flush(self) -> None:
         """Write what waits, as far as the store lets it."""

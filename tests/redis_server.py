@@ -1,7 +1,9 @@
 """A real Redis for tests, which can be stopped, frozen and started again on the same socket."""
 
+import contextlib
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -35,7 +37,8 @@ class RedisServer:
         self.socket.unlink(missing_ok=True)
         self._process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL)
         for _ in range(500):
-            if self.socket.exists():
+            with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as probe:
+                probe.connect(str(self.socket))
                 return
             time.sleep(0.01)
         raise AssertionError("redis-server does not start")

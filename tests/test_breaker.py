@@ -72,9 +72,7 @@ def test_searches_do_without_a_redis_that_is_away_and_have_it_back_without_a_res
         running.server.kill()
     else:
         running.server.freeze()
-    began = time.monotonic()
     answers = [running.search() for _ in range(200)]
-    assert time.monotonic() - began < 200 * TIMEOUT / 4
     assert {tuple(lost) for lost, _ in answers} == {("state_unavailable",)}
     waited = [spent for _, spent in answers if spent > TIMEOUT / 2]
     assert len(waited) <= FAILURES_IN_A_ROW  # while open no request pays the timeout
