@@ -56,6 +56,7 @@ study: $(DEV)
 
 bench: $(DEV)
 	$(BIN)/python -m benchmarks.trie
+	$(BIN)/python -m benchmarks.gateway
 
 # Hostile files and builds, searches, and portable against AVX2 kernels under ASan and UBSan.
 sanitize:

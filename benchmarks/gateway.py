@@ -6,7 +6,8 @@
   counted from the time each request was meant to be sent.
 - ratio_bare: requests/s of one worker, 16 connections that always have a request out, over those of a bare FastAPI
   application that validates the same body and returns as many bytes. Both get the same requests, in turns; the median
-  over rounds. ratio_bare_personalised is the same with user histories in Redis.
+  over rounds. *_cpu_us is the processor time of the server per request, the lowest of the rounds, which other work
+  on the machine disturbs least. ratio_bare_personalised is the same with user histories in Redis.
 
 Answers are checked before anything is timed.
 """
@@ -145,10 +146,10 @@ async def overhead(server: Server, rate: float, seconds: float) -> list[float]:
     return spent
 
 
-async def throughput(server: Server, seconds: float, personalised: bool) -> float:
-    """Requests/s over connections that always have one out."""
+async def throughput(server: Server, seconds: float, personalised: bool) -> tuple[float, float]:
+    """Requests/s over connections that always have one out, and microseconds of processor time per request."""
     client, chance, done = Client(server.port), random.Random(2), 0
-    end = time.perf_counter() + seconds
+    used, end = server.processor_seconds(), time.perf_counter() + seconds
 
     async def loop() -> None:
         nonlocal done
@@ -160,7 +161,7 @@ async def throughput(server: Server, seconds: float, personalised: bool) -> floa
 
     await asyncio.gather(*(loop() for _ in range(CONNECTIONS)))
     client.close()
-    return done / seconds
+    return done / seconds, (server.processor_seconds() - used) / done * 1e6
 
 
 async def measure(gateway: Server, size: int, seconds: float, rounds: int) -> dict[str, object]:
@@ -175,15 +176,20 @@ async def measure(gateway: Server, size: int, seconds: float, rounds: int) -> di
     }
     ratios: dict[bool, list[float]] = {False: [], True: []}
     rates: dict[str, list[float]] = {"bare": [], "gateway": [], "gateway_personalised": []}
+    processors: dict[str, list[float]] = {name: [] for name in rates}
     with serving([*_SELF, "bare", str(size)], {}, ready="/openapi.json") as bare:
         for _ in range(rounds):
             for personalised in (False, True):
-                base = await throughput(bare, 1.0, personalised)
-                ours = await throughput(gateway, 1.0, personalised)
-                ratios[personalised].append(ours / base)
-                rates["bare"].append(base)
-                rates["gateway_personalised" if personalised else "gateway"].append(ours)
-    row |= {f"{name}_per_s": round(statistics.median(found)) for name, found in rates.items()}
+                name = "gateway_personalised" if personalised else "gateway"
+                found = {"bare": await throughput(bare, 1.0, personalised)}
+                found[name] = await throughput(gateway, 1.0, personalised)
+                ratios[personalised].append(found[name][0] / found["bare"][0])
+                for app, (rate, processor) in found.items():
+                    rates[app].append(rate)
+                    processors[app].append(processor)
+    for app in rates:
+        row[f"{app}_per_s"] = round(statistics.median(rates[app]))
+        row[f"{app}_cpu_us"] = round(min(processors[app]))
     row["ratio_bare"] = round(statistics.median(ratios[False]), 3)
     row["ratio_bare_personalised"] = round(statistics.median(ratios[True]), 3)
     return row
