@@ -31,7 +31,7 @@ import torch
 from transformers import PrefixConstrainedLogitsProcessor
 
 from onesearch.decode import BeamConfig, beam_search
-from trie import SidTrie
+from trie import AnyMask, AnyTrie, Overlay, SidTrie
 
 SIZES = (4096, 1024, 512, 256, 256)
 OFFSETS = (0, 4096, 5120, 5632, 5888)
@@ -197,7 +197,7 @@ def prefix_dictionary(codes: Codes, sizes: Sequence[int] = SIZES) -> dict[tuple[
     return dict(allowed)
 
 
-def ours(trie: SidTrie, bank: Bank) -> Callable[[], Found]:
+def ours(trie: AnyTrie, bank: Bank, mask: AnyMask | None = None) -> Callable[[], Found]:
     """Our search over the same bank."""
     config = BeamConfig(width=WIDTH, top_n=TOP_N)
 
@@ -205,9 +205,21 @@ def ours(trie: SidTrie, bank: Bank) -> Callable[[], Found]:
         return bank[codes.shape[1]][: len(codes)]
 
     def search() -> Found:
-        result = beam_search(step, trie, config)
+        result = beam_search(step, trie, config, mask)
         return result.codes.astype(np.int64), result.scores
 
+    return search
+
+
+def overlay_search(base: SidTrie, added: int, bank: Bank) -> Callable[[], Found]:
+    """Our search over a base and random additions, equal to that over one trie of all."""
+    extra = np.random.default_rng(3).integers(0, SIZES, (2 * added, len(SIZES)))
+    extra = extra[~base.contains(extra)][:added]
+    search = ours(Overlay(base, SidTrie.build(extra, SIZES)), bank)
+    whole = ours(SidTrie.build(np.concatenate([base.sids(), extra.astype(np.uint16)]), SIZES), bank)
+    found, expected = search(), whole()
+    if not (np.array_equal(found[0], expected[0]) and np.array_equal(found[1], expected[1])):
+        raise SystemExit("overlay: results differ from those of one trie; nothing was timed")
     return search
 
 
@@ -265,7 +277,14 @@ def measure(items: int, with_hf: bool) -> dict[str, object]:
         expected = search()
         record("search_ms", timed(search, 101, warm_up=10))
         eligible = np.random.default_rng(2).random(trie.num_sids) < 0.5
+        fresh = iter([SidTrie.open(path) for _ in range(7)])
+        record("subset_first_ms", timed(lambda: next(fresh).subset(eligible), 7, warm_up=0))
         record("subset_ms", timed(lambda: trie.subset(eligible), 11))
+        mask, gone = trie.subset(eligible), np.arange(0, trie.num_sids, trie.num_sids // 100)
+        record("without_ms", timed(lambda: mask.without(gone), 11))
+        record("masked_search_ms", timed(ours(trie, bank, mask), 101, warm_up=10))
+        for added in (0, 1000):
+            record(f"overlay_{added}_search_ms", timed(overlay_search(trie, added, bank), 101, warm_up=10))
     record("build_ms", timed(lambda: SidTrie.build(codes, SIZES), 7))
     record("static_build_ms", timed(lambda: build_static(codes), 7, warm_up=1))
     row["ratio_build"] = round(median["static_build_ms"] / median["build_ms"], 1)

@@ -1,5 +1,5 @@
 // Standalone fuzz driver for sanitizer builds: hostile images for the file reader, random arrays for the builder,
-// random searches on both kernel sets. No Python, no dependencies; prints the seed of every thousandth round.
+// random masks and searches, with and without additions, and every set of kernels that this machine can run. No Python, no dependencies; prints the seed of every thousandth round.
 //
 //   c++ -std=gnu++20 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all trie/csrc/fuzz.cpp -o fuzz
 //   ./fuzz [rounds] [first seed]
@@ -29,8 +29,10 @@ std::vector<std::uint32_t> random_sizes(Random& random) {
   return sizes;
 }
 
-std::shared_ptr<const sid::Trie> random_trie(Random& random) {
-  const auto sizes = random_sizes(random);
+using TriePtr = std::shared_ptr<const sid::Trie>;
+using MaskPtr = std::shared_ptr<const sid::EdgeMask>;
+
+TriePtr random_trie(Random& random, const std::vector<std::uint32_t>& sizes) {
   std::vector<sid::Code> codes(sizes.size() * below(random, 300));
   for (std::size_t i = 0; i < codes.size(); ++i)
     codes[i] = static_cast<sid::Code>(below(random, std::min(sizes[i % sizes.size()], 1 + below(random, 400))));
@@ -52,7 +54,7 @@ void fuzz_build(Random& random) {
 
 // A good image with some bytes changed and, half of the time, a right checksum: refused, or safe to walk.
 void fuzz_open(Random& random) {
-  const auto good = random_trie(random);
+  const auto good = random_trie(random, random_sizes(random));
   const auto image = good->image();
   const std::size_t bytes = below(random, 8) ? image.size() : below(random, static_cast<std::uint32_t>(image.size()));
   const auto copy = sid::allocate_image(std::max<std::size_t>(bytes, 1));
@@ -74,16 +76,44 @@ void fuzz_open(Random& random) {
   }
 }
 
-void fuzz_search(Random& random) {
-  const auto trie = random_trie(random);
-  std::shared_ptr<const sid::EdgeMask> mask;
-  if (below(random, 2)) {
-    std::vector<std::uint8_t> legal(trie->num_sids());
-    for (auto& each : legal) each = static_cast<std::uint8_t>(below(random, 3) == 0);
-    mask = std::make_shared<const sid::EdgeMask>(trie, legal);
+// A random mask, a few leaves taken away in two ways, or none.
+MaskPtr random_mask(Random& random, const TriePtr& trie) {
+  if (below(random, 2)) return nullptr;
+  const std::uint32_t last = trie->levels() - 1;
+  std::vector<std::uint8_t> legal(trie->num_sids());
+  for (auto& each : legal) each = below(random, 3) == 0 ? static_cast<std::uint8_t>(1 + below(random, 255)) : 0;
+  const sid::EdgeMask mask(trie, legal);
+  std::vector<std::int64_t> gone;
+  for (std::uint32_t i = below(random, 5); i > 0 && trie->num_sids() > 0; --i) gone.push_back(below(random, trie->num_sids()));
+  for (const std::int64_t leaf : gone) legal[static_cast<std::size_t>(leaf)] = 0;
+  const auto less = std::make_shared<const sid::EdgeMask>(mask.without(gone));
+  const sid::EdgeMask again(trie, legal);
+  for (std::uint32_t t = 0; t <= last; ++t)
+    for (sid::Edge e = 0; e < trie->level(t).edges; ++e) {
+      require(less->test(t, e) == again.test(t, e), "masks lose leaves");
+      if (t == last) continue;
+      bool any = false;
+      const sid::EdgeRange below_e = trie->level(t + 1).children(e);
+      for (sid::Edge child = below_e.begin; child < below_e.end; ++child) any |= less->test(t + 1, child);
+      require(less->test(t, e) == any, "an edge is legal while one below it is");
+    }
+  const std::int64_t outside = below(random, 2) ? -1 : trie->num_sids();
+  try {
+    mask.without({&outside, 1});
+    require(false, "leaves out of range are refused");
+  } catch (const std::invalid_argument&) {
   }
+  return less;
+}
+
+void fuzz_search(Random& random) {
+  const auto sizes = random_sizes(random);
+  const TriePtr base = random_trie(random, sizes), added = below(random, 2) ? random_trie(random, sizes) : nullptr;
+  const MaskPtr base_mask = random_mask(random, base), added_mask = added ? random_mask(random, added) : nullptr;
   const std::uint32_t width = 1 + below(random, 40);
-  sid::BeamSearch beam(sid::Layers({trie, mask}, {}), {width, 1 + below(random, width), below(random, 2) == 0});
+  // The two tries may share SIDs here, which `trie.Overlay` refuses: the search must stay sound all the same.
+  sid::BeamSearch beam(sid::Layers({base, base_mask}, {added, added_mask}),
+                       {width, 1 + below(random, width), below(random, 2) == 0, below(random, 2) * below(random, 9)});
   std::vector<float> logits;
   while (!beam.done()) {
     logits.resize(beam.rows() * beam.row_size());
@@ -97,13 +127,17 @@ void fuzz_search(Random& random) {
     }
   }
   const std::size_t n = beam.num_beams();
-  std::vector<sid::Code> codes(n * trie->levels());
+  std::vector<sid::Code> codes(n * sizes.size());
   std::vector<float> scores(n);
   std::vector<std::int64_t> leaves(n);
   beam.write_results(codes.data(), scores.data(), leaves.data());
   for (std::size_t i = 0; i < n; ++i) {
-    require(trie->node({codes.data() + i * trie->levels(), trie->levels()}) == leaves[i], "results are SIDs");
-    require(!mask || mask->test(trie->levels() - 1, static_cast<sid::Edge>(leaves[i])), "results are legal");
+    const std::int64_t leaf = leaves[i] - base->num_sids();
+    const sid::Trie& owner = leaf < 0 ? *base : *added;
+    const MaskPtr& mask = leaf < 0 ? base_mask : added_mask;
+    const auto edge = static_cast<sid::Edge>(leaf < 0 ? leaves[i] : leaf);
+    require(owner.node({codes.data() + i * sizes.size(), sizes.size()}) == edge, "results are SIDs");
+    require(!mask || mask->test(owner.levels() - 1, edge), "results are legal");
     require(i == 0 || scores[i] <= scores[i - 1], "scores descend");
   }
 }
@@ -125,6 +159,19 @@ void fuzz_kernels(Random& random, const sid::Kernels& kernels) {
   hits.resize(kernels.at_least(x.data(), x.size(), -30.0f, hits.data()));
   expected.resize(sid::portable::at_least(x.data(), x.size(), -30.0f, expected.data()));
   require(hits == expected, "hits agree");
+  sid::Bits bits(1 + below(random, 5)), ends(bits.size()), one(bits.size() + 1), other(bits.size() + 1);
+  for (auto& word : bits) word = below(random, 3) ? random() & random() & random() : 0;
+  for (auto& word : ends) word = below(random, 3) ? (std::uint64_t{random()} << 32) | random() : below(random, 2) - 1ull;
+  kernels.lift(bits.data(), ends.data(), bits.size(), one.data());
+  std::size_t segment = 0;
+  for (std::size_t i = 0, any = 0; i < 64 * bits.size(); ++i) {
+    any |= (bits[i / 64] >> (i % 64)) & 1;
+    if (((ends[i / 64] >> (i % 64)) & 1) == 0) continue;
+    other[segment / 64] |= std::uint64_t{any} << (segment % 64);
+    any = 0;
+    ++segment;
+  }
+  require(one == other, "segments are lifted");
   x[below(random, static_cast<std::uint32_t>(x.size()))] = below(random, 2) ? -INFINITY : NAN;
   require(std::isnan(kernels.max_finite(x.data(), x.size())), "infinities are seen");
 }

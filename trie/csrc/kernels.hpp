@@ -20,7 +20,33 @@ struct Kernels {
   double (*sum_exp)(const float* x, std::size_t n, float max, double limit);
   // Positions with x[i] >= bar, ascending, written to out (room for n); returns how many.
   std::size_t (*at_least)(const float* x, std::size_t n, float bar, std::uint32_t* out);
+  // Bit k of out: whether any bit of the k-th segment of `bits` is set. Segments end where `ends` has a bit. Both have
+  // `words` words; out is zeroed and has room.
+  void (*lift)(const std::uint64_t* bits, const std::uint64_t* ends, std::size_t words, std::uint64_t* out);
 };
+
+// The loop of `lift` over a word at a time. pack(x, at): the bits of x at the set positions of `at`, side by side.
+//
+// `(x & ~e) + ~e` carries into the end of exactly those segments that have a bit below their end.
+template <class Pack>
+[[gnu::always_inline]] inline void lift_with(Pack pack, const std::uint64_t* bits, const std::uint64_t* ends,
+                                             std::size_t words, std::uint64_t* out) {
+  std::uint64_t open = 0, row = 0;  // whether the segment that runs into this word has a bit; packed, not yet stored
+  int filled = 0;
+  for (std::size_t w = 0; w < words; ++w) {
+    const std::uint64_t x = bits[w] | open, e = ends[w];
+    const std::uint64_t packed = pack((((x & ~e) + ~e) | x) & e, e);
+    open = (e == 0 ? x : (x >> (63 - std::countl_zero(e))) >> 1) != 0;
+    row |= packed << filled;
+    const int total = filled + std::popcount(e);
+    if (total >= 64) {
+      *out++ = row;
+      row = filled == 0 ? 0 : packed >> (64 - filled);
+    }
+    filled = total % 64;
+  }
+  if (filled > 0) *out = row;
+}
 
 constexpr std::size_t kSumBlock = 256;  // terms added between two looks at the limit
 
@@ -82,7 +108,16 @@ inline std::size_t at_least(const float* x, std::size_t n, float bar, std::uint3
   return found;
 }
 
-constexpr Kernels kernels{max_finite, sum_exp, at_least};
+inline void lift(const std::uint64_t* bits, const std::uint64_t* ends, std::size_t words, std::uint64_t* out) {
+  const auto pack = [](std::uint64_t x, std::uint64_t at) {
+    std::uint64_t packed = 0;
+    for (int i = 0; at != 0; at &= at - 1, ++i) packed |= ((x >> std::countr_zero(at)) & 1) << i;
+    return packed;
+  };
+  lift_with(pack, bits, ends, words, out);
+}
+
+constexpr Kernels kernels{max_finite, sum_exp, at_least, lift};
 
 }  // namespace portable
 

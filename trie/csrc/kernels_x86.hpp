@@ -112,11 +112,22 @@ SID_AVX2 inline std::size_t at_least(const float* x, std::size_t n, float bar, s
   return found;
 }
 
-inline bool supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+__attribute__((target("bmi,bmi2,popcnt,lzcnt"))) inline std::uint64_t pack_bits(std::uint64_t x, std::uint64_t at) {
+  return _pext_u64(x, at);
+}
+
+__attribute__((target("bmi,bmi2,popcnt,lzcnt"))) inline void lift(const std::uint64_t* bits, const std::uint64_t* ends,
+                                                                  std::size_t words, std::uint64_t* out) {
+  lift_with(pack_bits, bits, ends, words, out);
+}
+
+inline bool supported() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+}
 
 #undef SID_AVX2
 
-constexpr Kernels kernels{max_finite, sum_exp, at_least};
+constexpr Kernels kernels{max_finite, sum_exp, at_least, lift};
 
 }  // namespace avx2
 
@@ -220,13 +231,13 @@ SID_AVX512 inline std::size_t at_least(const float* x, std::size_t n, float bar,
 }
 
 inline bool supported() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+  return avx2::supported() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
 }
 
 #undef SID_AVX512
 
-constexpr Kernels kernels{max_finite, sum_exp, at_least};
+constexpr Kernels kernels{max_finite, sum_exp, at_least, avx2::lift};
 
 }  // namespace avx512
 

@@ -5,6 +5,7 @@
 #include <bit>
 #include <cstring>
 
+#include "kernels.hpp"
 #include "trie.hpp"
 
 namespace sid {
@@ -58,8 +59,6 @@ class EdgeMask {
   }
 
  private:
-  using Bits = std::vector<std::uint64_t>;
-
   std::uint32_t last() const { return trie_->levels() - 1; }
 
   // One bit for each byte that is not zero, eight bytes at a time.
@@ -76,18 +75,8 @@ class EdgeMask {
 
   // A node of level t - 1 is legal when one of its edges on level t is.
   void lift(std::uint32_t t) {
-    const Level& level = trie_->level(t);
     bits_[t - 1].assign(trie_->level(t - 1).edges / 64 + 1, 0);
-    EdgeRange range{0, 0};
-    for (std::uint32_t node = 0; node < level.nodes;) {
-      const std::uint32_t first = node, stop = std::min(level.nodes, first + 64);
-      std::uint64_t word = 0;
-      for (; node < stop; ++node) {
-        range = {range.end, level.first(node + 1)};
-        word |= std::uint64_t{any(t, range)} << (node - first);
-      }
-      bits_[t - 1][first / 64] = word;
-    }
+    best_kernels().lift(bits_[t].data(), trie_->ends(t).data(), bits_[t].size(), bits_[t - 1].data());
   }
 
   // Whether any edge of a range is legal. Ranges are short: no branch that depends on the mask.

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <algorithm>
+#include <mutex>
 #include <span>
 #include <stdexcept>
 #include <string>
@@ -16,6 +17,7 @@ namespace sid {
 
 using Code = std::uint16_t;
 using Edge = std::uint32_t;
+using Bits = std::vector<std::uint64_t>;
 
 struct EdgeRange {
   Edge begin, end;
@@ -81,6 +83,22 @@ class Trie {
   const Level& level(std::uint32_t t) const { return level_[t]; }
   std::uint32_t num_sids() const { return level_[header_.levels - 1].edges; }
   std::span<const std::byte> image() const { return {image_, header_.bytes}; }
+
+  // Bit of every edge of level t that is the last of its node. Computed when first asked for: only masks need it.
+  const Bits& ends(std::uint32_t t) const {
+    std::call_once(ends_->once, [this] {
+      for (std::uint32_t each = 0; each < levels(); ++each) {
+        const Level& level = level_[each];
+        Bits& bits = ends_->of_level[each];
+        bits.assign(level.edges / 64 + 1, 0);
+        for (std::uint32_t node = 0; level.edges > 0 && node < level.nodes; ++node) {
+          const Edge end = level.first(node + 1) - 1;
+          bits[end / 64] |= std::uint64_t{1} << (end % 64);
+        }
+      }
+    });
+    return ends_->of_level[t];
+  }
 
   // Node that a prefix of t codes leads to, or -1 when no SID starts so.
   std::int64_t node(std::span<const Code> prefix) const {
@@ -148,10 +166,16 @@ class Trie {
       throw std::invalid_argument("level " + std::to_string(t) + " is inconsistent");
   }
 
+  struct Ends {
+    std::once_flag once;
+    std::array<Bits, kMaxLevels> of_level;
+  };
+
   const std::byte* image_;
   std::shared_ptr<const void> owner_;
   Header header_;
   std::array<Level, kMaxLevels> level_{};
+  std::shared_ptr<Ends> ends_ = std::make_shared<Ends>();
 };
 
 }  // namespace sid
