@@ -1,9 +1,9 @@
 """The ablation study: every method of the paper on one simulated marketplace, several training seeds, paired intervals.
 
 `python -m benchmarks.study [--seeds 5] [--rows NAME,NAME] [--out DIR]` trains and measures what is not measured yet
-and writes the report; stopped at any moment, the same command goes on. Results of single runs are kept in
-`ablation.runs.jsonl`, one line per row and seed with the rank of every clicked item, so that a report needs no
-training: `python -m benchmarks.study --report`.
+and writes the report; stopped at any moment, the same command goes on, and the command started twice shares the
+seeds (a run takes one core). Each run is kept as `ablation.runs/ROW-SEED.json` with the rank of every clicked item, so
+that a report needs no training: `python -m benchmarks.study --report`.
 
 Differences are paired by seed and page view; the bootstrap draws seeds and page views. Rows trained with the same
 number of steps cost different amounts; the controls `cot_x2` and `cot_x4` give the plain loss the steps instead.
@@ -11,10 +11,12 @@ Legend: U clicked items.
 """
 
 import argparse
+import fcntl
 import json
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
@@ -48,7 +50,7 @@ from training.stages import DpoStage, GrpoStage, SdftStage, SftStage, TpmaStage
 from training.tables import Tables, load_tables, write_tables
 
 STUDY = "ablation"
-ITEMS, USERS, SESSIONS, WORLD_SEED = 3_000, 800, 24_000, 7
+ITEMS, USERS, SESSIONS, WORLD_SEED = 2_000, 500, 14_000, 7
 TOP, WIDTH = 10, 128
 _DIGITS = "0123456789A"  # a rank of 1 to TOP, 0 for absent
 _ALIGN = ("query_to_sid", "sid_to_query", "title_to_sid", "sid_to_title", "query_to_category", "sid_to_category")
@@ -56,7 +58,7 @@ _COT = ("query_to_keywords", "query_sid_to_keyword_sid", "user_to_keywords", "us
 _COOCCUR = ("query_sid_to_item_sid", "item_sid_to_query_sid", "query_to_title", "title_to_query")
 _BATCH, _RATE = 128, 2e-3
 Stage = SftStage | SdftStage | DpoStage | GrpoStage | TpmaStage
-_STEPS = {"align": 150, "cooccur": 100, "search": 700, "prefer": 60}
+_STEPS = {"align": 120, "cooccur": 80, "search": 500, "prefer": 40}
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,7 @@ def recipe_of(row: Row, seed: int) -> Recipe:
         embedder=EmbedderConfig(buckets=8_192, svd_dim=64, dim=32, temperature=0.07, epochs=1),
         codebooks=CodebookConfig(sizes=(32, 16, 16, 32, 32)),
         sequence=SequenceConfig(max_ids=80, recent_queries=2, recent_items=4, keywords=5),
-        model=ModelShape(d_model=64, encoder_layers=2, decoder_layers=2, heads=4, ffn=256),
+        model=ModelShape(d_model=64, encoder_layers=1, decoder_layers=2, heads=4, ffn=256),
         stages=row.stages,
     )
 
@@ -218,7 +220,7 @@ def run(row: Row, seed: int, world: World, work: Path) -> dict[str, Any]:
     recipe, out = recipe_of(row, seed), work / f"{row.name}-{seed}"
     shutil.rmtree(out, ignore_errors=True)
     started = time.perf_counter()
-    train_bundle(recipe, world.data, out, Work(work / "stages"))
+    train_bundle(recipe, world.data, out, Work(work / f"stages-{seed}"))
     trained = time.perf_counter()
     ranks = measure(open_bundle(out), world, row.served, recipe)
     shutil.rmtree(out)
@@ -244,10 +246,9 @@ def fingerprint(row: Row) -> str:
     return sha256(plain.encode()).hexdigest()[:12]
 
 
-def known_runs(path: Path, chosen: Mapping[str, Row]) -> dict[tuple[str, int], dict[str, Any]]:
+def known_runs(folder: Path, chosen: Mapping[str, Row]) -> dict[tuple[str, int], dict[str, Any]]:
     """Runs that were made with the rows as they are now."""
-    lines = path.read_bytes().splitlines() if path.exists() else []
-    runs = (orjson.loads(line) for line in lines)
+    runs = [orjson.loads(path.read_bytes()) for path in sorted(folder.glob("*.json"))]
     return {
         (r["row"], r["seed"]): r
         for r in runs
@@ -255,12 +256,16 @@ def known_runs(path: Path, chosen: Mapping[str, Row]) -> dict[tuple[str, int], d
     }
 
 
-def missing(chosen: Sequence[Row], seeds: int, known: Mapping[tuple[str, int], Any]) -> Iterator[tuple[Row, int]]:
-    """What is left to run, seed by seed, so that a study stopped early has all rows of the first seeds."""
-    for seed in range(1, seeds + 1):
-        for row in chosen:
-            if (row.name, seed) not in known:
-                yield row, seed
+@contextmanager
+def claimed(path: Path) -> Iterator[bool]:
+    """Whether this process may work on a seed; another one's claim ends with its life."""
+    with path.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
 
 
 def main() -> None:
@@ -278,17 +283,27 @@ def main() -> None:
         parser.error(f"rows {', '.join(unknown)}: unknown, expected some of {', '.join(everything)}")
     arguments.work.mkdir(parents=True, exist_ok=True)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    store = arguments.out / f"{STUDY}.runs.jsonl"
+    store = arguments.out / f"{STUDY}.runs"
+    store.mkdir(exist_ok=True)
     world = World.at(arguments.work)
-    known = known_runs(store, everything)
     if not arguments.report:
-        for row, seed in track(list(missing([everything[n] for n in names], arguments.seeds, known)), "study"):
-            known[row.name, seed] = run(row, seed, world, arguments.work)
-            write_atomically(store, b"".join(orjson.dumps(r) + b"\n" for r in known.values()))
+        for seed in range(1, arguments.seeds + 1):
+            with claimed(arguments.work / f"seed-{seed}.lock") as mine:
+                if mine:
+                    _run_seed([everything[name] for name in names], seed, world, arguments.work, store)
+    known = known_runs(store, everything)
     outcomes: dict[str, dict[int, Outcome]] = {}
     for (name, seed), result in known.items():
         outcomes.setdefault(name, {})[seed] = world.outcome_of(result["ranks"])
     write_report(arguments.out, STUDY, everything, known, outcomes, _facts(world))
+
+
+def _run_seed(chosen: Sequence[Row], seed: int, world: World, work: Path, store: Path) -> None:
+    """Make the runs of one seed that are missing; its rows share their first stages."""
+    known = known_runs(store, {row.name: row for row in chosen})
+    for row in track([row for row in chosen if (row.name, seed) not in known], f"study, seed {seed}"):
+        result = run(row, seed, world, work)
+        write_atomically(store / f"{row.name}-{seed}.json", orjson.dumps(result))
 
 
 def _facts(world: World) -> dict[str, Any]:

@@ -85,8 +85,11 @@ def test_every_row_is_a_recipe_and_changed_rows_are_run_again(tmp_path) -> None:
         study.recipe_of(row, 1)
     row = everything["v1"]
     line = {"row": "v1", "seed": 1, "fingerprint": study.fingerprint(row)}
-    store = tmp_path / "runs.jsonl"
-    store.write_bytes(orjson.dumps(line) + b"\n" + orjson.dumps(line | {"seed": 2, "fingerprint": "old"}) + b"\n")
-    known = study.known_runs(store, everything)
+    (tmp_path / "v1-1.json").write_bytes(orjson.dumps(line))
+    (tmp_path / "v1-2.json").write_bytes(orjson.dumps(line | {"seed": 2, "fingerprint": "old"}))
+    known = study.known_runs(tmp_path, everything)
     assert set(known) == {("v1", 1)}
-    assert [(r.name, s) for r, s in study.missing([row], 2, known)] == [("v1", 2)]
+    with study.claimed(tmp_path / "seed-2.lock") as first, study.claimed(tmp_path / "seed-2.lock") as second:
+        assert (first, second) == (True, False)
+    with study.claimed(tmp_path / "seed-2.lock") as again:
+        assert again
