@@ -334,7 +334,8 @@ void step(const Step& g, int begin, int end, const Scratch& s) {
 
 void raw_product(const Linear& m, const std::uint8_t* rows, int count, std::int32_t* out) {
   integer_product(m, rows, count, [&](int row, int column, int columns, const Ints* sums) {
-    for (int c = 0; c < columns; ++c) out[std::int64_t(row) * m.n + column + c] = sums[c / kLanes][c % kLanes];
+    std::int32_t* to = out + std::int64_t(row) * m.n + column;
+    for (int j = 0; j < kVectors && j * kLanes < columns; ++j) save(to + j * kLanes, sums[j]);
   });
 }
 
