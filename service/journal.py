@@ -8,6 +8,7 @@ batch of changes like any other, which puts every item changed since back to wha
 One thread writes and reads; `stamp` alone is asked from another one.
 """
 
+import fcntl
 import sqlite3
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -161,12 +162,15 @@ class Journal:
 
 
 def _connect(path: Path) -> sqlite3.Connection:
-    # The connection is made and used on the journal's thread only.
-    db = sqlite3.connect(path, timeout=5.0, isolation_level=None)
-    db.execute("PRAGMA journal_mode = WAL")
-    db.execute("PRAGMA synchronous = FULL")
-    db.executescript(_SCHEMA)
-    return db
+    # The connection is made and used on the journal's thread only. Processes that start together make the file one
+    # after the other: SQLite does not wait for whoever switches to the write-ahead log.
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        db = sqlite3.connect(path, timeout=5.0, isolation_level=None)
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = FULL")
+        db.executescript(_SCHEMA)
+        return db
 
 
 def _identity(db: sqlite3.Connection) -> str:

@@ -301,6 +301,30 @@ def test_a_torn_tail_is_dropped_and_what_was_before_it_stays(tmp_path: Path) -> 
     journal.close()
 
 
+OPENING = """
+import sys, time
+from pathlib import Path
+from service.journal import Journal
+print(flush=True)
+sys.stdin.readline()
+print(Journal(Path(sys.argv[1])).id)
+"""
+
+
+def test_workers_that_start_together_open_one_journal(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", OPENING, str(tmp_path / "journal.sqlite3")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    workers = [subprocess.Popen(command, **pipes) for _ in range(4)]
+    for worker in workers:
+        worker.stdout.readline()
+    for worker in workers:
+        worker.stdin.write("go\n")
+        worker.stdin.flush()
+    identities = [worker.communicate(timeout=30)[0] for worker in workers]
+    assert len(set(identities)) == 1
+    assert identities[0]
+
+
 def test_a_file_that_is_no_journal_is_refused(tmp_path: Path) -> None:
     (tmp_path / "journal.sqlite3").write_bytes(b"not a database" * 100)
     with pytest.raises(ConfigError, match=r"journal\.sqlite3"):
