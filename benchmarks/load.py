@@ -225,6 +225,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         settings = {
             "ONESEARCH_STATE": f"sqlite:{folder}/state.sqlite3",
+            "ONESEARCH_CATALOG": f"{folder}/catalog",
             "ONESEARCH_CONCURRENCY": str(arguments.concurrency),
             "ONESEARCH_WORKERS": str(arguments.workers),
             "ONESEARCH_NOTICE_SECONDS": "0",
