@@ -1,15 +1,19 @@
 """The two decoder graphs of a model as ONNX files, with named inputs, outputs and dynamic axes.
 
     prefill.onnx  ids [1, S], mask [1, S], history [1, 3, E] -> context_*
-    step.onnx     tokens [K], parents [K], head [H], context_*, state_* [t, P, D] -> logits [K, H], grown_* [t+1, K, D]
+    step.onnx     tokens [K], parents [K], head [H], context_*, state_* [t, P, W] -> logits [K, H], grown_* [t+1, K, W]
 
-Legend: S prompt tokens, E history width, K beams, P beams of the previous step, t steps taken, H codes of a level.
+History and logits are float32; context and state have the type of the weights.
+
+Legend: S prompt tokens, E history width, K beams, P beams of the previous step, t steps taken, H codes of a level,
+W width of a beam's keys.
 """
 
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +30,7 @@ OPSET = 20
 def export_prefill(model: OneSearchModel, path: Path) -> None:
     """Write the prefill graph."""
     prompt = Dim("prompt", min=1, max=model.config.max_positions)
-    _export(
+    write_graph(
         Prefill(model),
         _prompt(model),
         ({1: prompt}, {1: prompt}, None),
@@ -45,8 +49,8 @@ def export_step(model: OneSearchModel, path: Path) -> None:
         context = Prefill(model)(*_prompt(model))
     # The exporter would merge inputs that are one object: every input needs a tensor of its own.
     tokens, parents, head = (torch.zeros(size, dtype=torch.int64) for size in (5, 5, 4))
-    state = [torch.zeros(2, 3, width) for _ in range(2 * layers)]
-    _export(
+    state = [context[0].new_zeros(2, 3, width) for _ in range(2 * layers)]
+    write_graph(
         Step(model),
         (tokens, parents, head, context, state),
         (
@@ -61,6 +65,16 @@ def export_step(model: OneSearchModel, path: Path) -> None:
 
 
 _MAX_STEPS = 64
+_INLINE_BYTES = 1 << 30  # a protobuf file ends at 2 GiB; larger weights lie beside their graph
+_TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def typed(model: OneSearchModel, kind: str) -> OneSearchModel:
+    """A copy of the model with weights of type fp32, fp16 or bf16; buffers (rotary frequencies) stay as they are."""
+    copy = deepcopy(model)
+    for parameter in copy.parameters():
+        parameter.data = parameter.data.to(_TYPES[kind])
+    return copy
 
 
 def _layer_names(kind: str, layers: int) -> list[str]:
@@ -76,14 +90,15 @@ def _prompt(model: OneSearchModel) -> tuple[Tensor, Tensor, Tensor]:
     return ids, torch.ones_like(ids), torch.zeros(1, len(model.config.history_ids), model.config.history_dim)
 
 
-def _export(
+def write_graph(
     module: nn.Module,
     inputs: tuple[Any, ...],
-    shapes: tuple[Any, ...],
+    shapes: tuple[Any, ...] | None,
     input_names: Sequence[str],
     output_names: Sequence[str],
     path: Path,
 ) -> None:
+    """Trace a module and write it, free of traces of this machine; shapes None makes every axis static."""
     with _quiet():
         program = torch.onnx.export(
             module.eval(),
@@ -104,7 +119,8 @@ def _export(
     for part in (*proto.graph.node, *proto.graph.input, *proto.graph.output, *proto.graph.initializer):
         part.doc_string = ""
         del part.metadata_props[:]
-    onnx.save(proto, path)
+    weights = sum(len(tensor.raw_data) for tensor in proto.graph.initializer)
+    onnx.save(proto, path, save_as_external_data=weights > _INLINE_BYTES, location=f"{path.name}.data")
 
 
 @contextmanager

@@ -22,7 +22,9 @@ def tiny_renderer() -> Renderer:
 SHAPES = {
     "bart": dict(encoder_layers=1, heads=2),
     "gpt2": dict(heads=2),
-    "qwen3": dict(heads=4, kv_heads=2, head_dim=16),  # heads together are wider than the model, as in Qwen3-0.6B
+    "qwen3": dict(
+        decoder_layers=1, heads=4, kv_heads=2, head_dim=16
+    ),  # heads together are wider than the model, as in Qwen3-0.6B
 }
 
 
