@@ -1,8 +1,9 @@
 """`onesearch-export BUNDLE`: `--target onnx` adds graphs/ to a bundle, once parity is proven; `--target triton --out
-REPOSITORY` writes a Triton model repository from a bundle that has them."""
+REPOSITORY` writes a Triton model repository from a bundle that has them; `--target tensorrt --out FOLDER` writes
+what builds TensorRT engines."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +17,7 @@ from onesearch.bundle import GRAPHS, STAMP, Bundle, open_bundle, sha256
 from onesearch.errors import ExportError, OneSearchError
 from onesearch.runtime import PREFILL_FILE, STEP_FILE, Precision, open_decoder
 
-Target = Literal["onnx", "triton"]
+Target = Literal["onnx", "triton", "tensorrt"]
 
 
 def export_onnx(path: Path, precision: Precision, say: Callable[[str], None]) -> dict[str, Any]:
@@ -49,7 +50,7 @@ def export_onnx(path: Path, precision: Precision, say: Callable[[str], None]) ->
     decoders = {p: open_decoder(graphs, sids, bos, 1, p) for p in precisions}
     rows = [parity.measure(bundle, reference, tried, p) for p, tried in decoders.items()]
     faults = [fault for row in rows for fault in row.faults()]
-    summary = {row.precision: row.summary() for row in rows}
+    summary: dict[str, dict[str, Any]] = {row.precision: row.summary() for row in rows}
     if precision == "int8":
         gated = gate.measure(bundle, decoders["fp32"], decoders["int8"])
         summary["int8"] |= gated.summary()
@@ -64,7 +65,7 @@ def export_onnx(path: Path, precision: Precision, say: Callable[[str], None]) ->
     return stamp
 
 
-def _stamp(bundle: Bundle, graphs: Path, opset: int, parity: dict[Precision, dict[str, Any]]) -> dict[str, Any]:
+def _stamp(bundle: Bundle, graphs: Path, opset: int, parity: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "digest": bundle.manifest.digest,
         "model_version": bundle.manifest.model_version,
@@ -93,25 +94,47 @@ def _install(new: Path, path: Path) -> None:
 
 
 def _main(
-    bundle: Annotated[Path, typer.Argument(help="the bundle folder")],
+    bundle: Annotated[Path, typer.Argument(help="the bundle folder; with --from-hf the one to write")],
     target: Annotated[Target, typer.Option(help="what to export to")] = "onnx",
     precision: Annotated[Precision, typer.Option(help="int8 adds, or serves, the quantised step graph")] = "fp32",
-    out: Annotated[Path | None, typer.Option(help="triton: the model repository to write")] = None,
+    out: Annotated[Path | None, typer.Option(help="triton: the repository, tensorrt: the folder to write")] = None,
     graphs: Annotated[
         str, typer.Option(help="triton: in-process (CPU), onnxruntime or tensorrt (GPU)")
     ] = "in-process",
     instances: Annotated[int, typer.Option(help="triton: processes of the search model")] = 2,
+    width: Annotated[
+        list[int] | None, typer.Option(help="tensorrt: a beam width, repeatable [default: 512]")
+    ] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="tensorrt: searches at a time, repeatable [1]")] = None,
+    top_n: Annotated[int, typer.Option(help="tensorrt: results of a search")] = 50,
+    weights: Annotated[str, typer.Option(help="tensorrt: fp32, fp16 or bf16")] = "fp16",
+    from_hf: Annotated[
+        Path | None, typer.Option(help="first wrap this local transformers folder into the bundle")
+    ] = None,
+    sid_spec: Annotated[
+        Path | None,
+        typer.Option(help="from-hf: sid_spec.json of a bundle or identifiers folder, whose catalog is taken too"),
+    ] = None,
 ) -> None:
     """Export the graphs of a bundle and prove that they agree with the model."""
     try:
+        if from_hf is not None:
+            _wrap(from_hf, sid_spec, bundle)
         if target == "triton":
             _triton(bundle, out, graphs, precision, instances)
+            return
+        if target == "tensorrt":
+            _tensorrt(bundle, out, (tuple(width or [512]), tuple(batch or [1]), top_n, weights))
             return
         stamp = export_onnx(bundle, precision, typer.echo)
     except OneSearchError as error:
         typer.echo(f"onesearch-export: {error}", err=True)
         raise typer.Exit(2) from error
-    for name, row in stamp["parity"].items():
+    _report(stamp["parity"])
+
+
+def _report(parity: Mapping[str, Any]) -> None:
+    for name, row in parity.items():
         typer.echo(f"{name}: {', '.join(f'{key} {_text(value)}' for key, value in row.items())}")
 
 
@@ -126,6 +149,26 @@ def _triton(bundle: Path, out: Path | None, graphs: Any, precision: Precision, i
         raise ExportError("triton", ["--out: is missing, expected the model repository to write"])
     export_triton(bundle, out, Serving(graphs, precision, instances), typer.echo)
     typer.echo(f"{out}: complete; load onesearch_search with tritonserver --model-control-mode=explicit")
+
+
+def _wrap(checkpoint: Path, sid_spec: Path | None, bundle: Path) -> None:
+    from model_export.from_hf import wrap
+
+    if sid_spec is None:
+        raise ExportError(
+            "from-hf", ["--sid-spec: is missing, expected the sid_spec.json of an identifiers folder"]
+        )
+    manifest = wrap(checkpoint, sid_spec, bundle)
+    typer.echo(f"{bundle}: model {manifest.model_version}; rows of tokens the checkpoint lacks are untrained")
+
+
+def _tensorrt(bundle: Path, out: Path | None, engines: tuple[Any, ...]) -> None:
+    from model_export.to_tensorrt import TensorRtConfig, export_tensorrt
+
+    if out is None:
+        raise ExportError("tensorrt", ["--out: is missing, expected the folder to write"])
+    _report(export_tensorrt(bundle, out, TensorRtConfig(*engines), typer.echo))
+    typer.echo(f"{out}: complete. No engine was built: run build.sh where the GPU and TensorRT are")
 
 
 def main() -> None:

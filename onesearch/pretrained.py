@@ -81,7 +81,7 @@ def from_pretrained(folder: Path, renderer: Renderer, dropout: float = 0.1) -> O
         for key in _AGREED[config.backbone]
         if getattr(source, key) != getattr(own, key)
     ]
-    first_added = _first_added(renderer)
+    first_added = _first_added(folder, renderer)
     if source.vocab_size < first_added:
         faults.append(f"has {source.vocab_size} tokens, the tokenizer {first_added} before the added ones")
     faults += _foreign_tokens(folder, source.vocab_size, renderer, first_added)
@@ -114,8 +114,14 @@ def _config(folder: Path, source: Any, renderer: Renderer, dropout: float) -> Mo
     return ModelConfig.for_renderer(renderer, backbone=backbone, dropout=dropout, **shape)
 
 
-def _first_added(renderer: Renderer) -> int:
-    """Where the tail of control and SID tokens begins in the vocabulary."""
+def _first_added(folder: Path, renderer: Renderer) -> int:
+    """Where rows begin that the checkpoint does not know: behind its own tokenizer, which may hold trained SID tokens.
+
+    Without tokenizer files: where the tail of control and SID tokens begins.
+    """
+    saved = folder / "tokenizer.json"
+    if saved.exists():
+        return 1 + max(Tokenizer.from_file(str(saved)).get_vocab(with_added_tokens=True).values())
     ours = {renderer.tokenizer.token_to_id(token) for token in CONTROL_TOKENS}
     first = renderer.sids.first_id
     while first - 1 in ours:

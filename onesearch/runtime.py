@@ -123,6 +123,7 @@ class OnnxDecoder:
         states = [i for i in self._step.get_inputs() if i.name.startswith("state_")]
         self._states = [i.name for i in states]
         self._width = int(states[0].shape[-1])
+        self._dtype = np.float16 if states[0].type == "tensor(float16)" else np.float32
 
     def start(self, prompt: Prompt) -> StepFn:
         """Read one prompt; the result scores the next level of its beams."""
@@ -134,7 +135,7 @@ class OnnxDecoder:
             logits, *grown = self._step.run_with_ort_values(None, feeds)
             return logits.numpy(), grown
 
-        empty = np.empty((0, 1, self._width), dtype=np.float32)
+        empty = np.empty((0, 1, self._width), dtype=self._dtype)
         return BeamSteps(run, list(_values(dict.fromkeys(self._states, empty)).values()), self._vocab, self._bos)
 
 
