@@ -84,7 +84,7 @@ class TritonPythonModel:
         except (ConfigError, ValueError) as error:
             return _failed(str(error), pb.TritonError.INVALID_ARG)
         except OneSearchError as error:
-            return _failed(str(error), pb.TritonError.INTERNAL)
+            return _failed(f"{remote.BROKEN}{error}", pb.TritonError.INTERNAL)
         return pb.InferenceResponse(_tensors({name: array[None] for name, array in answer.tensors().items()}))
 
     def _search(self, call: Call, abandoned: Callable[[], bool]) -> Answer:

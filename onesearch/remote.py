@@ -22,6 +22,8 @@ from onesearch.sequence import Prompt
 from onesearch.sid import LEVELS, RQ_LEVELS, Codes
 
 MODEL, PREFILL, STEP = "onesearch_search", "onesearch_prefill", "onesearch_step"
+BROKEN = "the model answered with what cannot be searched: "
+"""How the message begins when the model is at fault, and not the server or the way to it"""
 CATALOGS = "catalogs"
 """Folder of the search model that holds the tries of the catalogs, as VERSION.trie"""
 DIGEST, MODEL_VERSION, CATALOG_VERSION, PRECISION = (

@@ -111,7 +111,7 @@ class TritonModel:
 
     def _translated(self, error: InferenceServerException) -> OneSearchError:
         message = f"{self}: {error.message()}"
-        return (DecodeError if error.status() == "StatusCode.INTERNAL" else InferenceUnavailable)(message)
+        return (DecodeError if remote.BROKEN in message else InferenceUnavailable)(message)
 
 
 class TritonSearcher(Searcher):
