@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 from tiny_bundle import random_contexts
-from triton_server import TritonServer
 
+from benchmarks.triton_server import NoTriton, TritonServer
 from model_export.to_triton import Serving, export_triton
 from onesearch import remote
 from onesearch.bundle import Bundle, open_bundle
@@ -44,9 +44,16 @@ def bundle(exported) -> Bundle:
 def server(exported, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
     folder = tmp_path_factory.mktemp("triton")
     export_triton(exported[0], folder / "repository", Serving(), lambda step: None)
-    server = TritonServer(folder, folder / "repository", (remote.MODEL,))
+    server = started(folder, folder / "repository", remote.MODEL)
     yield server
     server.kill()
+
+
+def started(folder: Path, repository: Path, *models: str) -> TritonServer:
+    try:
+        return TritonServer(folder, repository, models)
+    except NoTriton as missing:
+        pytest.skip(str(missing))
 
 
 def local(bundle: Bundle) -> OnnxDecoder:

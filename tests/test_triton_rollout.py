@@ -12,11 +12,11 @@ import orjson
 import pytest
 from service_fakes import fake_settings
 from starlette.testclient import TestClient
-from test_triton import assert_same, local, model_on, options
+from test_triton import assert_same, local, model_on, options, started
 from tiny_bundle import random_contexts
-from triton_server import TritonServer
 from typer.testing import CliRunner
 
+from benchmarks.triton_server import TritonServer
 from model_export import triton_rollout
 from model_export.to_triton import Serving, active_version, export_triton, versions
 from onesearch import remote
@@ -50,7 +50,7 @@ def repository(exported, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(repository: Path) -> Iterator[TritonServer]:
-    server = TritonServer(repository.parent, repository, (remote.MODEL,))
+    server = started(repository.parent, repository, remote.MODEL)
     yield server
     server.kill()
 
@@ -166,7 +166,7 @@ def test_the_graphs_can_run_as_models_of_their_own(server: TritonServer, reposit
         assert "KIND_GPU" in text
         config.write_text(text.replace("KIND_GPU", "KIND_CPU"), "utf-8")
         shutil.copy(Path(__file__).with_name("triton_graph.py"), other / model / "1" / "model.py")
-    standing = TritonServer(repository.parent / "standing", other, (remote.PREFILL, remote.STEP, remote.MODEL))
+    standing = started(repository.parent / "standing", other, remote.PREFILL, remote.STEP, remote.MODEL)
     try:
         searcher = TritonSearcher(bundle, model_on(standing, bundle))
         embedded = Searcher(bundle, local(bundle))

@@ -1,4 +1,4 @@
-"""A real Triton server from the nvidia-pytriton wheel: CPU only, with nothing but the Python backend."""
+"""A real Triton server for tests and benchmarks, from the nvidia-pytriton wheel: CPU only, Python backend only."""
 
 import os
 import shutil
@@ -12,21 +12,26 @@ import urllib.request
 from importlib.util import find_spec
 from pathlib import Path
 
-import pytest
-import tritonclient.grpc as triton
-
 PATIENCE = 60
 
 
+class NoTriton(RuntimeError):
+    """This machine cannot run the server; the message says what is missing."""
+
+
 class TritonServer:
-    """One server over a repository, in explicit model control mode; it may be killed and started again."""
+    """One server over a repository, in explicit model control mode; it may be killed and started again.
+
+    Raises NoTriton where it cannot run.
+    """
 
     def __init__(self, folder: Path, repository: Path, models: tuple[str, ...]) -> None:
         spec = find_spec("pytriton")
         if spec is None or spec.origin is None:
-            pytest.skip("needs the nvidia-pytriton wheel")
+            raise NoTriton("needs the nvidia-pytriton wheel")
         wheel = Path(spec.origin).parent / "tritonserver"
-        self._libraries = [wheel.parents[1] / "nvidia_pytriton.libs", Path(sysconfig.get_config_var("LIBDIR"))]
+        libraries = sysconfig.get_config_var("LIBDIR")
+        self._libraries = [wheel.parents[1] / "nvidia_pytriton.libs", Path(libraries)]
         self._site = sysconfig.get_path("purelib")
         stub = wheel / "python_backend_stubs" / f"3.{sys.version_info.minor}" / "triton_python_backend_stub"
         self._skip_without_python(stub)
@@ -51,9 +56,11 @@ class TritonServer:
 
     @property
     def address(self) -> str:
+        """Its gRPC address."""
         return f"127.0.0.1:{self.ports['grpc']}"
 
     def start(self) -> None:
+        """Start the server and wait until it is ready. Raises RuntimeError with its log when it ends instead."""
         environment = {**os.environ, **self._environment()}
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
@@ -61,11 +68,11 @@ class TritonServer:
             )
         for _ in range(PATIENCE * 20):
             if self._process.poll() is not None:
-                pytest.fail(f"tritonserver ended:\n{self.log()[-4000:]}")
+                raise RuntimeError(f"tritonserver ended:\n{self.log()[-4000:]}")
             if self._healthy():
                 return
             time.sleep(0.05)
-        pytest.fail(f"tritonserver is not ready:\n{self.log()[-4000:]}")
+        raise RuntimeError(f"tritonserver is not ready:\n{self.log()[-4000:]}")
 
     def kill(self) -> None:
         """End the server and its backend processes at once, as a crash would."""
@@ -79,9 +86,6 @@ class TritonServer:
         assert self._process is not None
         os.killpg(self._process.pid, signal.SIGSTOP if frozen else signal.SIGCONT)
 
-    def client(self) -> triton.InferenceServerClient:
-        return triton.InferenceServerClient(self.address)
-
     def counted(self, metric: str, model: str) -> float:
         """Sum of one metric over the versions of a model."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self.ports['metrics']}/metrics") as response:
@@ -90,6 +94,7 @@ class TritonServer:
         return sum(float(row.rsplit(" ", 1)[1]) for row in rows)
 
     def log(self) -> str:
+        """What the server has printed."""
         return self._log.read_text("utf-8", "replace")
 
     def _healthy(self) -> bool:
@@ -108,13 +113,13 @@ class TritonServer:
 
     def _skip_without_python(self, stub: Path) -> None:
         if not stub.exists():
-            pytest.skip(f"the wheel has no backend for this Python: {stub} is missing")
+            raise NoTriton(f"the wheel has no backend for this Python: {stub} is missing")
         environment = {**os.environ, **self._environment()}
         linked = subprocess.run(
             ["ldd", str(stub)], env=environment, capture_output=True, text=True, check=False
         ).stdout
         if missing := [line.split()[0] for line in linked.splitlines() if "not found" in line]:
-            pytest.skip(f"the backend needs {', '.join(missing)} (Debian: libpython3.{sys.version_info.minor})")
+            raise NoTriton(f"the backend needs {', '.join(missing)} (Debian: libpython3.{sys.version_info.minor})")
 
 
 def free_ports(count: int) -> list[int]:
