@@ -80,7 +80,7 @@ def test_manifests_refer_to_what_exists(overlay: Path) -> None:
             (template,) = (
                 t for t in templates.values() if spec["selector"].items() <= t["metadata"]["labels"].items()
             )
-            ports = {port["name"] for c in template["spec"]["containers"] for port in c["ports"]}
+            ports = {port["name"] for c in template["spec"]["containers"] for port in c.get("ports", [])}
             assert {port["targetPort"] for port in spec["ports"]} <= ports
         if kind == "HorizontalPodAutoscaler":
             assert (spec["scaleTargetRef"]["kind"], spec["scaleTargetRef"]["name"]) in resources
@@ -128,6 +128,8 @@ def test_compose_builds_targets_of_the_image_and_has_a_profile_for_each_machine(
     targets = re.findall(r"^FROM \S+ AS (\S+)$", (ROOT / "Dockerfile").read_text("utf-8"), flags=re.M)
     services = compose["services"]
     assert {one["build"]["target"] for one in services.values() if "build" in one} <= set(targets)
+    (redis,) = pods(built(OVERLAYS[0]))["redis"]["spec"]["containers"]
+    assert (services["redis"]["image"], services["redis"]["command"]) == (redis["image"], redis["args"])
     assert {profile for one in services.values() for profile in one.get("profiles", [])} == {"cpu", "gpu"}
 
 
