@@ -49,26 +49,29 @@ CATEGORIES = {i: "a" for i in range(1, 30)} | {i: "b" for i in range(30, 60)}
 def test_levels_one_to_three_stand_against_four_to_six() -> None:
     views = [view((40, 41), (40,), (40,)), view(tuple(range(1, 9)), (1, 2), (2,)), view((42,), (42,))]
     found = preferences(views, CATEGORIES, lambda a, b: False, 6, seed=1)
-    here = {p.positive: p for p in found if p.view == 1}
+    here = {p.items[0]: p for p in found if p.view == 1}
     assert here.keys() == {1, 2}
     for p in here.values():
-        assert len(p.negatives) == 6 and not {1, 2} & set(p.negatives)
-        shown = [i for i in p.negatives if i <= 8]
-        same = [i for i in p.negatives if 8 < i < 30]
-        other = [i for i in p.negatives if i >= 30]
+        negatives = p.items[1:]
+        assert len(negatives) == 6 and not {1, 2} & set(negatives)
+        shown = [i for i in negatives if i <= 8]
+        same = [i for i in negatives if 8 < i < 30]
+        other = [i for i in negatives if i >= 30]
         assert [len(shown), len(same), len(other)] == [2, 2, 2]
-    assert here[2].reward > here[1].reward > max(here[1].rewards)
-    assert {p.positive for p in found if p.view == 2} == {40, 42}  # an earlier order of the same category, level 2
-    assert {p.positive for p in preferences(views[1:], CATEGORIES, lambda a, b: False, 6, 1) if p.view == 1} == {
-        42
-    }
+        assert sorted(p.levels[1:]) == [4, 4, 5, 5, 6, 6]
+    assert (here[2].levels[0], here[1].levels[0]) == (1, 3)
+    assert here[2].rewards[0] > here[1].rewards[0] > max(here[1].rewards[1:])
+    # An earlier order of the same category is of level 2.
+    assert {p.items[0]: p.levels[0] for p in found if p.view == 2} == {40: 2, 42: 3}
+    alone = preferences(views[1:], CATEGORIES, lambda a, b: False, 6, 1)
+    assert {p.items[0] for p in alone if p.view == 1} == {42}
 
 
 def test_items_of_the_positives_sid_and_other_clicks_are_never_negatives() -> None:
     views = [view(tuple(range(1, 30)), (1, 3, 5))]
     for seed in range(20):
         for p in preferences(views, CATEGORIES, lambda a, b: a % 4 == b % 4, 6, seed):
-            assert not any(i % 4 == p.positive % 4 or i in (1, 3, 5) for i in p.negatives)
+            assert not any(i % 4 == p.items[0] % 4 or i in (1, 3, 5) for i in p.items[1:])
 
 
 def test_items_out_of_the_catalog_are_left_out_and_draws_follow_the_seed() -> None:

@@ -71,6 +71,9 @@ epsilon = 0.1
 [[stages]]
 name = "prefer"
 kind = "dpo"
+source = "model"
+prompts = 20
+candidates = 16
 steps = 3
 batch = 8
 [[stages]]

@@ -40,27 +40,29 @@ class Choice:
         return len(self.prompt.ids)
 
 
-def logged_choices(sources: Sources, stage: DpoStage) -> list[Choice]:
-    """Preferences of the log (PARS phase 2: levels 1–3 against 4–6), in random order."""
-    names = sources.items.select("item_id", "category_level1_name", "category_level2_name").iter_rows()
-    categories = {item: f"{a}/{b}" for item, a, b in names if item in sources.item_sids}
-    found = preferences(sources.views, categories, _same_sid(sources), stage.negatives, sources.seed)
+def choices(sources: Sources, stage: DpoStage, found: Sequence[Preference]) -> list[Choice]:
+    """Preferences in random order, no more than the stage uses."""
     order = np.random.default_rng([sources.seed, 7]).permutation(len(found))[: stage.steps * stage.batch]
     return [choice(sources, stage, found[i]) for i in order]
+
+
+def logged_preferences(sources: Sources, negatives: int) -> list[Preference]:
+    """Preferences of the log over live items (PARS phase 2: levels 1–3 against 4–6)."""
+    names = sources.items.select("item_id", "category_level1_name", "category_level2_name").iter_rows()
+    categories = {item: f"{a}/{b}" for item, a, b in names if item in sources.item_sids}
+    return preferences(sources.views, categories, _same_sid(sources), negatives, sources.seed)
 
 
 def choice(sources: Sources, stage: DpoStage, preference: Preference) -> Choice:
     """A preference as the model reads it: the student's prompt, without keywords."""
     context = sources.views[preference.view].context
     prompt = sources.renderer.prompt("search", sources.encoder.fields(context, sources.query_sids[context.query]))
-    items = (preference.positive, *preference.negatives)
+    best, *rest = preference.rewards
     weights = [
-        gap_weight(preference.reward, reward, stage.exponent, stage.least_gap, stage.cap)
-        if stage.weighted
-        else 1.0
-        for reward in preference.rewards
+        gap_weight(best, reward, stage.exponent, stage.least_gap, stage.cap) if stage.weighted else 1.0
+        for reward in rest
     ]
-    codes = np.stack([sources.item_sids[item] for item in items]).astype(np.int64)
+    codes = np.stack([sources.item_sids[item] for item in preference.items]).astype(np.int64)
     return Choice(prompt, codes, np.asarray(weights, dtype=np.float32))
 
 

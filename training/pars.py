@@ -63,13 +63,12 @@ def gap_weight(better: float, worse: float, exponent: float = 1.0, least: float 
 
 @dataclass(frozen=True)
 class Preference:
-    """One positive of a page view against n items of lower levels, with their rewards."""
+    """One positive of a page view against n items of lower levels: items, rewards and levels, the positive first."""
 
     view: int
-    positive: int
-    reward: float
-    negatives: tuple[int, ...]
+    items: tuple[int, ...]
     rewards: tuple[float, ...]
+    levels: tuple[int, ...] = ()
 
 
 def preferences(
@@ -104,9 +103,9 @@ def preferences(
                 pools, {*levels, *view.clicked}, item, same, categories, set(view.impressed), negatives, rng
             )
             if losers:
-                rewards = tuple(adaptive_reward(low, *counts.rates(i)) for i, low in losers.items())
-                reward = adaptive_reward(level, *counts.rates(item))
-                found.append(Preference(number, item, reward, tuple(losers), rewards))
+                ranked = {item: level} | losers
+                rewards = tuple(adaptive_reward(low, *counts.rates(i)) for i, low in ranked.items())
+                found.append(Preference(number, tuple(ranked), rewards, tuple(ranked.values())))
         if view.user_id:
             bought[view.user_id] += [i for i in view.ordered if i in categories]
     return found

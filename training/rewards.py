@@ -97,7 +97,7 @@ class Rewards:
         relevance: Relevance,
         bonuses: Sequence[Bonus] = (),
     ) -> None:
-        self._config, self._counts, self._relevance = config, counts, relevance
+        self._config, self._counts, self.relevance = config, counts, relevance
         self._bonuses: dict[int, list[Bonus]] = defaultdict(list)
         for bonus in bonuses:
             self._bonuses[bonus.item_id].append(bonus)
@@ -116,7 +116,7 @@ class Rewards:
     def judged_share(self, view: PageView, codes: Codes) -> float:
         """Share of valid rollouts whose relevance was judged, not ruled: the coverage of the reward."""
         items = [item for row in codes.tolist() if (item := self.item(row)) is not None]
-        return sum(self._relevance.grade(view.context.query, i)[1] for i in items) / max(1, len(items))
+        return sum(self.relevance.grade(view.context.query, i)[1] for i in items) / max(1, len(items))
 
     def _one(self, view: PageView, codes: tuple[int, ...]) -> float:
         item = self.item(codes)
@@ -128,7 +128,7 @@ class Rewards:
         active = (
             (b.bonus for b in self._bonuses[item] if b.start <= view.time < b.end) if item in self._bonuses else ()
         )
-        return outcome + self._rate(view, item) + self._relevance.grade(view.context.query, item)[0] + sum(active)
+        return outcome + self._rate(view, item) + self.relevance.grade(view.context.query, item)[0] + sum(active)
 
     def _rate(self, view: PageView, item: int) -> float:
         ctr, cvr = self._counts.rates(item)

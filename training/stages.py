@@ -147,7 +147,8 @@ class RewardConfig:
 class DpoStage(StageConfig):
     """Listwise DPO on the preferences of PARS (spec §4.9, §4.10); one step is `batch` positives with their negatives.
 
-    source: preferences of the log, or of candidates that the model generates and the reward model re-ranks.
+    source: preferences of the log (phase 2 of PARS), or of `candidates` SIDs that the model writes for each of
+    `prompts` page views and the reward model re-ranks (phase 1).
     weighted: weigh each negative by its reward gap, with exponent, least gap and cap. margin: target margin δ.
     alpha_sft: weight of the positive's mean negative log-likelihood. regulariser: keeps the positive's likelihood up.
     mask_shared_prefix: codes that a negative shares with the positive get no gradient from the negative.
@@ -156,6 +157,8 @@ class DpoStage(StageConfig):
     batch: int = 64
     lr: float = 1e-4
     source: Literal["log", "model"] = "log"
+    prompts: int = 2000
+    candidates: int = 64
     negatives: int = 6
     beta: float = 0.1
     weighted: bool = True
@@ -170,7 +173,8 @@ class DpoStage(StageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require("negatives", self.negatives >= 1, "at least 1")
+        for name in ("negatives", "prompts", "candidates"):
+            self._require(name, getattr(self, name) >= 1, "at least 1")
         for name in ("beta", "least_gap", "cap"):
             self._require(name, getattr(self, name) > 0, "a positive number")
         for name in ("exponent", "margin", "alpha_sft", "regulariser"):

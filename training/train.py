@@ -18,17 +18,19 @@ from onesearch.model import OneSearchModel
 from onesearch.model_config import ModelConfig
 from training.batches import Sized, plan
 from training.distill import SdftObjective
-from training.dpo import DpoObjective, logged_choices
+from training.dpo import DpoObjective, choices, logged_preferences
 from training.grpo import GrpoObjective, PagePrompt, page_prompts
 from training.loop import run, summary
 from training.objective import Objective
-from training.pars import count
+from training.pars import Preference, count
 from training.progress import track
 from training.recipe import Precision, Recipe
+from training.reranked import reranked_preferences
+from training.reward_model import RewardModel
 from training.rewards import Relevance, Rewards, read_bonuses
 from training.samples import MAKERS, Sample, Sources
 from training.sft import SftObjective
-from training.stages import DpoStage, GrpoStage, SdftStage, SftStage
+from training.stages import DpoStage, GrpoStage, RewardConfig, SdftStage, SftStage
 
 FolderOf = Callable[[str, Mapping[str, Any]], Path]
 
@@ -68,8 +70,8 @@ def _train_stage(
         data: Mapping[str, Sequence[Sized]] = samples
         objective: Objective = _supervised(model, sources, samples, stage, recipe.precision)
     elif isinstance(stage, DpoStage):
-        choices = {stage.kind: logged_choices(sources, stage)}
-        data, objective = choices, DpoObjective(model, sources.renderer.pad, choices, stage, recipe.precision)
+        ranked = {stage.kind: choices(sources, stage, _preferences(model, sources, stage))}
+        data, objective = ranked, DpoObjective(model, sources.renderer.pad, ranked, stage, recipe.precision)
     else:
         pages = {stage.kind: page_prompts(sources, stage.steps * stage.batch)}
         data, objective = pages, _rewarded(model, sources, pages, stage, recipe)
@@ -98,14 +100,27 @@ def _rewarded(
     stage: GrpoStage,
     recipe: Recipe,
 ) -> Objective:
-    relevance = Relevance(sources.items, sources.views, sources.judged)
-    bonuses = read_bonuses(Path(stage.reward.bonuses)) if stage.reward.bonuses else []
-    rewards = Rewards(
-        stage.reward, sources.item_sids, sources.popularity, count(sources.views), relevance, bonuses
-    )
+    rewards = _rewards(sources, stage.reward)
     return GrpoObjective(
         model, sources.renderer.pad, pages, rewards, sources.trie, stage, recipe.seed, recipe.precision
     )
+
+
+def _rewards(sources: Sources, config: RewardConfig) -> Rewards:
+    relevance = Relevance(sources.items, sources.views, sources.judged)
+    bonuses = read_bonuses(Path(config.bonuses)) if config.bonuses else []
+    return Rewards(config, sources.item_sids, sources.popularity, count(sources.views), relevance, bonuses)
+
+
+def _preferences(model: OneSearchModel, sources: Sources, stage: DpoStage) -> list[Preference]:
+    logged = logged_preferences(sources, stage.negatives)
+    if stage.source == "log":
+        return logged
+    rewards = _rewards(sources, RewardConfig())
+    scorer = RewardModel(sources, rewards.relevance)
+    scorer.fit(sources.views, logged, sources.seed)
+    sizes = stage.prompts, stage.candidates, stage.negatives
+    return reranked_preferences(model, sources, rewards, scorer, *sizes)
 
 
 def stage_samples(stage: SftStage, sources: Sources) -> dict[str, list[Sample]]:
