@@ -23,14 +23,14 @@ from onesearch.arrays import write_atomically
 from onesearch.bundle import SCHEMA_VERSION, Bundle, HeldOut, Manifest, open_bundle, open_parts, sha256
 from onesearch.context import SearchContext
 from onesearch.embedder import KeywordEmbedder, TextEmbedder
-from onesearch.errors import BundleError, OneSearchError
+from onesearch.errors import BundleError, ConfigError, OneSearchError
 from training.bootstrap import with_queries
 from training.codebooks import fit_codebooks
 from training.embedder import ClickPairs, fit_embedder
 from training.keywords import mine_keywords
 from training.oracle import oracle_keywords
 from training.package import Identifiers, catalog_items, recipe_json, write_bundle, write_identifiers
-from training.page_keywords import KeywordProvider, rule_keywords
+from training.page_keywords import KeywordProvider, file_keywords, rule_keywords
 from training.parallel import processes, rank, wait
 from training.progress import StageMeters
 from training.recipe import Recipe, load_recipe
@@ -79,6 +79,8 @@ def train_bundle(recipe: Recipe, data: Path, out: Path, work: Work) -> Manifest:
     wait()
     bundle = open_parts(identifiers, Manifest(SCHEMA_VERSION, "", "", "", "", {}, {}, {}))
     before = {"identifiers": identifiers.name, **{k: plain[k] for k in _TRAIN_KEYS}}
+    if recipe.data.keyword_file:
+        before["keyword_file"] = _file_digest(Path(recipe.data.keyword_file))
     model, losses = train(recipe, _sources(recipe, bundle, tables, training, data), work.folder, before)
     if rank() > 0:
         wait()
@@ -161,9 +163,14 @@ def click_pairs(
 
 
 def keyword_provider(recipe: Recipe, bundle: Bundle, tables: Tables, data: Path) -> KeywordProvider:
-    """Who makes the keywords of page views, as the recipe says. Raises DataError for an oracle without its truth."""
+    """Who makes the keywords of page views, as the recipe says.
+
+    Raises DataError for an oracle without its truth and for a file that is none or belongs to other tables.
+    """
     if recipe.data.keywords == "rules":
         return rule_keywords(bundle.keywords)
+    if recipe.data.keywords == "file":
+        return file_keywords(Path(recipe.data.keyword_file))
     return oracle_keywords(data, tables.items, recipe.data.keyword_recall, recipe.data.keyword_noise, recipe.seed)
 
 
@@ -208,6 +215,12 @@ def _categories(tables: Tables) -> list[str]:
 
 def _fingerprint(data: Path) -> dict[str, str]:
     return {path.name: sha256(path) for path in sorted(data.iterdir()) if path.is_file()}
+
+
+def _file_digest(path: Path) -> str:
+    if not path.is_file():
+        raise ConfigError(f"data.keyword_file: {path} is no file; `python -m training.taqu` makes one")
+    return sha256(path)
 
 
 def main() -> None:

@@ -24,8 +24,9 @@ class DataConfig:
     hides the user, as for visitors who are not known. sentence_encoder: a local sentence-transformers folder (BGE,
     say) to embed texts with, instead of [embedder].
     khqe: mix the keywords of a text into its vector before it gets a SID (spec §3.2).
-    keywords: who makes the keywords of page views: the mined rules, or for a simulated marketplace the oracle that
-    knows its truth, which keeps a keyword with chance keyword_recall and swaps it with chance keyword_noise.
+    keywords: who makes the keywords of page views: the mined rules, the file `keyword_file` that `training.taqu` made,
+    or for a simulated marketplace the oracle that knows its truth, which keeps a keyword with chance keyword_recall
+    and swaps it with chance keyword_noise.
     """
 
     bootstrap: bool = False
@@ -34,9 +35,16 @@ class DataConfig:
     anonymous_share: float = 0.0
     sentence_encoder: str = ""
     khqe: bool = False
-    keywords: Literal["rules", "oracle"] = "rules"
+    keywords: Literal["rules", "oracle", "file"] = "rules"
+    keyword_file: str = ""
     keyword_recall: float = 0.9
     keyword_noise: float = 0.1
+
+    def __post_init__(self) -> None:
+        if (self.keywords == "file") != bool(self.keyword_file):
+            raise ConfigError(
+                f"data.keyword_file: {self.keyword_file!r}, expected a file exactly when keywords is 'file'"
+            )
 
 
 @dataclass(frozen=True)
