@@ -4,7 +4,7 @@ import re
 import unicodedata
 
 MAX_QUERY_CHARS = 256
-
+_BLANKS = dict.fromkeys([*range(32), 127, *b"<>"], " ")
 
 # A word is a run of letters and digits, or one character of a script written without spaces.
 WORD = re.compile(r"[぀-ヿ㐀-䶿一-鿿가-힯]|[^\W_぀-ヿ㐀-䶿一-鿿가-힯]+")
@@ -15,6 +15,8 @@ def normalise(text: str) -> str:
 
     Angle brackets go because SID tokens are spelled `<a_0>`: text a user typed can never become a SID token.
     """
+    if text.isascii():  # the same by a shorter way
+        return " ".join(text.translate(_BLANKS).lower().split())
     folded = unicodedata.normalize("NFKC", text).casefold()
     kept = [" " if c in "<>" or unicodedata.category(c)[0] == "C" else c for c in folded]
     return " ".join("".join(kept).split())

@@ -5,11 +5,13 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 from fastapi import FastAPI
+from fastapi.routing import APIRoute
 from starlette.staticfiles import StaticFiles
 
 from onesearch import __version__
 from service import admin, problems, routes
 from service.deployment import Deployment
+from service.direct import DirectSearch
 from service.envelope import Envelope
 from service.experiments_file import watch_experiments
 from service.items import Items
@@ -45,6 +47,8 @@ def create_app(settings: Settings, deployment: Deployment, store: Store) -> Fast
         lifespan=_lifespan(settings, deployment, store, metrics, items, readiness, tracer),
     )
     app.state.readiness = readiness
+    search = next(r for r in routes.router.routes if isinstance(r, APIRoute) and r.name == routes.search.__name__)
+    app.add_middleware(DirectSearch, route=search, find=routes.find)
     app.add_middleware(Envelope, metrics=metrics, readiness=readiness, rate_limit=rate_limit, tracer=tracer)
     app.mount("/page", StaticFiles(directory=routes.PAGE), name="page")
     problems.install(app)
@@ -68,7 +72,7 @@ def _lifespan(
         memory.start()
         yield {
             "deployment": deployment,
-            "pipeline": Pipeline(deployment, memory, settings, metrics),
+            "pipeline": Pipeline(deployment, memory, settings, metrics, items.catch_up),
             "readiness": readiness,
             "metrics": metrics,
             "items": items,

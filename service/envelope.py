@@ -5,14 +5,15 @@ Plain ASGI, because it runs for every request: body limit in, headers out, one a
 
 import logging
 import re
+import secrets
 import time
-import uuid
-from collections.abc import Mapping, MutableMapping
+from collections.abc import MutableMapping
 from typing import Any
 
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.direct import RawHeaders, preceded
 from service.limits import RateLimit
 from service.problems import Refused, problem, refusal
 from service.readiness import Readiness
@@ -38,7 +39,6 @@ _SECURITY = [
     (b"referrer-policy", b"no-referrer"),
 ]
 _CLOSE = (b"connection", b"close")
-RawHeaders = Mapping[bytes, bytes]
 logger = logging.getLogger("onesearch.request")
 
 
@@ -70,7 +70,7 @@ class Envelope:
         headers = dict(scope["headers"])
         given = headers.get(b"x-request-id", b"").decode("latin-1")
         state: MutableMapping[str, Any] = scope.setdefault("state", {})
-        state["request_id"] = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        state["request_id"] = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
         state["arrived"] = started
         status = 0
 
@@ -105,16 +105,7 @@ class Envelope:
         if body is None or (body and not _is_json(headers)):
             await _unreadable(request_id, body, headers, limit)(scope, receive, send)
             return
-        delivered = False
-
-        async def replayed() -> Message:
-            nonlocal delivered
-            if delivered:
-                return await receive()
-            delivered = True
-            return {"type": "http.request", "body": body, "more_body": False}
-
-        await self._app(scope, replayed, send)
+        await self._app(scope, preceded({"type": "http.request", "body": body, "more_body": False}, receive), send)
 
     def _add_headers(self, message: Message, state: MutableMapping[str, Any]) -> None:
         headers: list[tuple[bytes, bytes]] = message["headers"]

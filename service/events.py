@@ -6,7 +6,7 @@ double it, and an event sent again under the same id changes nothing.
 """
 
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
 import orjson
@@ -44,7 +44,7 @@ class Event:
 
     def to_json(self) -> bytes:
         """The body of its log entry."""
-        return orjson.dumps(asdict(self))
+        return orjson.dumps(self)
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Exposure:
 
     def to_json(self) -> bytes:
         """The body of its log entry."""
-        return orjson.dumps(asdict(self))
+        return orjson.dumps(self)
 
 
 class Logged(NamedTuple):

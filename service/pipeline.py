@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -56,7 +56,16 @@ class Answer:
 class Pipeline:
     """Answers searches and records events."""
 
-    def __init__(self, deployment: Deployment, memory: Memory, settings: Settings, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        deployment: Deployment,
+        memory: Memory,
+        settings: Settings,
+        metrics: Metrics,
+        catch_up: Callable[[], Awaitable[None]],
+    ) -> None:
+        """catch_up: makes visible what other processes changed of the items."""
+        self._catch_up = catch_up
         self._deployment = deployment
         self._memory = memory
         self._deadline = settings.deadline_ms / 1e3
@@ -86,6 +95,7 @@ class Pipeline:
         deadline = time.monotonic() + self._deadline if caller.deadline is None else caller.deadline
         engine = variant.engine.name
         self._admission.check(engine, variant.options.width, request.limit, deadline)
+        await self._catch_up()
         recalled = await self._memory.recall(request.user_id, request.query, variant.options.keywords)
         degraded: list[str] = [*recalled.degraded]
         spent = {"state": _ms_since(started)}

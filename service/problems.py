@@ -3,7 +3,7 @@
 Nothing but the request id leaves the service when the fault is its own.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -94,6 +94,24 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, _on_http)
 
 
+def told(state: MutableMapping[str, Any], error: OneSearchError) -> Response:
+    """The problem of an error that was raised on purpose, noted in the state of the request's scope.
+
+    Raises the error itself where the fault is the service's own.
+    """
+    request_id, state["problem"] = state["request_id"], error.code
+    if isinstance(error, Refused):
+        return refusal(request_id, error)
+    if isinstance(error, DeadlineError):
+        return problem(request_id, error.status, str(error), code=error.code)
+    if error.status >= 500 and error.status != 503:
+        raise error
+    if error.status == 503:
+        return problem(request_id, 503, "a part of the service is away, try again", code=error.code)
+    errors = [(error.field, str(error))] if isinstance(error, InputError) else []
+    return problem(request_id, error.status, str(error), code=error.code, errors=errors)
+
+
 async def _on_invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     found = error.errors()
@@ -106,17 +124,7 @@ async def _on_invalid(request: Request, error: Exception) -> Response:
 
 async def _on_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, OneSearchError)
-    request.state.problem = error.code
-    if isinstance(error, Refused):
-        return refusal(_id(request), error)
-    if isinstance(error, DeadlineError):
-        return problem(_id(request), error.status, str(error), code=error.code)
-    if error.status >= 500 and error.status != 503:
-        raise error
-    if error.status == 503:
-        return problem(_id(request), 503, "a part of the service is away, try again", code=error.code)
-    errors = [(error.field, str(error))] if isinstance(error, InputError) else []
-    return problem(_id(request), error.status, str(error), code=error.code, errors=errors)
+    return told(request.scope["state"], error)
 
 
 async def _on_http(request: Request, error: Exception) -> Response:

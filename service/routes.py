@@ -1,5 +1,6 @@
 """The HTTP routes: from requests to the pipeline and back, no logic of their own."""
 
+from collections.abc import MutableMapping
 from http import HTTPStatus
 from pathlib import Path as FilePath
 from typing import Annotated, Any, TypedDict, cast
@@ -10,6 +11,7 @@ from pydantic import SecretStr
 from starlette.responses import FileResponse, PlainTextResponse
 
 from service.deployment import Deployment
+from service.direct import ANSWER_HEADERS, RawHeaders
 from service.item_schemas import LiveItem
 from service.items import Items
 from service.pipeline import BUCKET_HEADER, DEADLINE_HEADER, MAX_DEADLINE_MS, VARIANT_HEADER, Caller, Pipeline
@@ -98,14 +100,24 @@ def _deadline(given: str | None, arrived: float) -> float | None:
     return arrived + int(given) / 1e3
 
 
-async def _search(request: Request, body: SearchRequest) -> Response:
-    headers = request.headers
-    deadline = _deadline(headers.get(DEADLINE_HEADER), request.state.arrived)
-    caller = Caller(request.state.request_id, headers.get(VARIANT_HEADER), headers.get(BUCKET_HEADER), deadline)
-    await _items(request).catch_up()
-    answer = await _pipeline(request).search(body, caller)
-    request.state.variant, request.state.timings_ms = answer.variant, answer.timings_ms
-    return Response(answer.body, media_type=_JSON, headers={"Cache-Control": "no-store"})
+def _header(headers: RawHeaders, name: str) -> str | None:
+    given = headers.get(name.lower().encode())
+    return None if given is None else given.decode("latin-1")
+
+
+async def find(state: MutableMapping[str, Any], headers: RawHeaders, asked: SearchRequest) -> bytes:
+    """The JSON that answers a search; the state of its scope has the `Parts` and gets what the envelope tells."""
+    deadline = _deadline(_header(headers, DEADLINE_HEADER), state["arrived"])
+    forced, bucket = _header(headers, VARIANT_HEADER), _header(headers, BUCKET_HEADER)
+    pipeline: Pipeline = state["pipeline"]
+    answer = await pipeline.search(asked, Caller(state["request_id"], forced, bucket, deadline))
+    state["variant"], state["timings_ms"] = answer.variant, answer.timings_ms
+    return answer.body
+
+
+async def _search(request: Request, asked: SearchRequest) -> Response:
+    body = await find(request.scope["state"], dict(request.headers.raw), asked)
+    return Response(body, headers={name.decode(): value.decode() for name, value in ANSWER_HEADERS})
 
 
 @router.post(

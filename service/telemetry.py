@@ -226,7 +226,9 @@ class JsonFormatter(logging.Formatter):
 
 def log_config(level: str) -> dict[str, Any]:
     """Logging configuration of the process: JSON lines on stderr, the server's own included."""
-    # What no line shows need not be found out for every record.
+    # What no line shows need not be found out for every record; `_srcfile` is how logging documents to do without
+    # the place of the call.
+    logging._srcfile = None
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     return {
         "version": 1,
