@@ -77,7 +77,7 @@ def rows() -> dict[str, Row]:
     plain, cot = _first(()), _first(_COT)
     search = _search
     sdft: dict[str, Any] = {"alpha_r": 0.5, "epsilon": 0.2, "gamma": 3.0}
-    full = (*cot, _distil(**sdft))
+    full = (*cot, _distil(2, **sdft))
     found = [
         Row("v1", "V1 baseline", (*plain, search()), ("3", "5", "6", "8")),
         Row("cot", "+ CoT tasks", (*cot, search()), ("3", "4", "5", "8")),
@@ -92,6 +92,12 @@ def rows() -> dict[str, Row]:
         ),
         Row("sd_printed", "+ self-distillation as printed (kw_mix 0)", (*cot, _distil(kw_mix=0.0)), ("5",)),
         Row("sd", "+ self-distillation, teacher taught", (*cot, _distil()), ("3", "5", "7", "8")),
+        Row(
+            "sd_x2",
+            "+ self-distillation, as many keyword-free steps as + CoT",
+            (*cot, _distil(2)),
+            ("5", "controls"),
+        ),
         Row("sd_teacher", "the same, prompts with served keywords (T)", (*cot, _distil()), ("7",), True),
         Row("sd_rdrop", "+ SD + R-Drop", (*cot, _distil(alpha_r=0.5)), ("5",)),
         Row("sd_fgm", "+ SD + R-Drop + FGM", (*cot, _distil(alpha_r=0.5, epsilon=0.2)), ("5",)),
@@ -123,8 +129,9 @@ def _search(task: str = "search", steps: int = 1) -> SftStage:
     return SftStage(name="search", steps=steps * _STEPS["search"], batch=_BATCH, lr=_RATE, mixture={task: 1.0})
 
 
-def _distil(**terms: Any) -> SdftStage:
-    steps = _STEPS["search"]
+def _distil(times: int = 1, **terms: Any) -> SdftStage:
+    """Half of the steps of the default show keywords and teach the teacher; `times` makes up for them."""
+    steps = times * _STEPS["search"]
     return SdftStage(name="distil", steps=steps, batch=_BATCH, lr=_RATE, mixture={"search": 1.0}, **terms)
 
 
