@@ -12,7 +12,7 @@ Legend: N base rows, L levels, n rows asked, S leaves (the base's, then the adde
 """
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -143,6 +143,12 @@ class Snapshot:
         """One item in full."""
         catalog, place = self._place(row)
         return catalog.item(place)
+
+    def parts(self, rows: Rows) -> Iterator[tuple[Catalog, Rows]]:
+        """Rows by the part that holds them, as rows of that part, int64 [m]; their order is kept within a part."""
+        late = rows >= self._start
+        yield self.base.catalog, rows[~late]
+        yield self.added, rows[late] - self._start
 
     def select(self, filters: Filters | None = None) -> Selection:
         """The items that satisfy every filter. The filters' part is kept for the next search, exclusions are not."""

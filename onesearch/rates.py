@@ -25,16 +25,18 @@ class CalibratedRates:
     """Rates by item, kept up to date in the background and read by searches in other threads.
 
     An item's rate is its click rate in the training log, moved by what live events add: an item without events
-    keeps its trained rate exactly.
+    keeps its trained rate exactly. version is another after every update that changed something.
     """
 
     def __init__(self) -> None:
+        self.version = 0
         self._gains: dict[int, float] = {}
 
     def update(self, counts: Mapping[int, tuple[int, int, int]]) -> None:
         """Take over the counters of some items: impressions, clicks, orders."""
         nothing = calibrated_rate(0, 0, 0)
         self._gains.update({item: calibrated_rate(*numbers) - nothing for item, numbers in counts.items()})
+        self.version += bool(counts)  # after the gains: what was found with a version never holds older ones
 
     def __call__(
         self, item_ids: npt.NDArray[np.int64], trained: npt.NDArray[np.float32]

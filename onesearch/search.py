@@ -18,6 +18,7 @@ from onesearch.catalog import Filters
 from onesearch.context import SearchContext, SidLookup
 from onesearch.decode import BeamConfig, BeamResult, Score, StepFn, beam_search
 from onesearch.errors import DeadlineError
+from onesearch.facets import Facets, count_facets
 from onesearch.live import LiveCatalog, Popularity, Selection, Snapshot
 from onesearch.runtime import Decoder, Precision
 from onesearch.sequence import Prompt
@@ -31,7 +32,8 @@ GOLDEN_TOLERANCE: dict[Precision, float] = {"fp32": 1e-3, "int8": 0.5}
 class SearchOptions:
     """limit items of the answer; width beams; keywords: whether to match keywords into the prompt.
 
-    deadline: the `time.monotonic()` after which nobody waits for the answer any more; it is no part of equality.
+    facets: whether to count the candidates. deadline: the `time.monotonic()` after which nobody waits for the answer
+    any more; it is no part of equality.
     """
 
     limit: int = 20
@@ -39,7 +41,8 @@ class SearchOptions:
     score: Score = "level"
     keywords: bool = False
     filters: Filters | None = None
-    deadline: float = field(default=math.inf, compare=False)
+    facets: bool = False
+    deadline: float = field(default=math.inf, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class SearchResult:
 
     beams: beams kept per level. timings_ms: wall time per stage. eligible: items that pass the filters.
     degraded: what the search had to do without. model_version: the model that answered, None for the bundle's own.
+    facets: of the candidates, None unless they were asked for.
     """
 
     catalog: Snapshot
@@ -60,6 +64,7 @@ class SearchResult:
     eligible: int
     degraded: tuple[str, ...] = ()
     model_version: str | None = None
+    facets: Facets | None = None
 
 
 @dataclass
@@ -124,10 +129,16 @@ class Searcher:
             prompt, query_sid = self.render(context, catalog)
         with clock.stage("mask"):
             selection = catalog.select(options.filters)
-        config = BeamConfig(max(options.width, options.limit), options.limit, options.score)
-        found = self.decode(prompt, config, selection, clock)
+        width = max(options.width, options.limit)
+        wanted = width if options.facets else options.limit
+        found = self.decode(prompt, BeamConfig(width, wanted, options.score), selection, clock)
         with clock.stage("expand"):
-            rows, sources = catalog.expand(found.leaves, options.limit, selection, self.popularity)
+            rows, sources = catalog.expand(found.leaves, wanted, selection, self.popularity)
+        facets = None
+        if options.facets:
+            with clock.stage("facets"):
+                facets = count_facets(catalog, rows)
+            rows, sources = rows[: options.limit], sources[: options.limit]
         return SearchResult(
             catalog=catalog,
             rows=rows,
@@ -139,6 +150,7 @@ class Searcher:
             eligible=selection.count,
             degraded=tuple(clock.degraded),
             model_version=clock.model_version,
+            facets=facets,
         )
 
     def render(self, context: SearchContext, items: SidLookup | None = None) -> tuple[Prompt, Codes]:

@@ -6,6 +6,8 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import orjson
 
 from onesearch.context import SearchContext, profile_text
@@ -16,6 +18,7 @@ from service.deployment import Deployment, Variant
 from service.events import Exposure
 from service.memory import Memory
 from service.problems import HeaderError, NotFound
+from service.result_cache import Found, ResultCache, result_key
 from service.schemas import EventRequest, ProfileRequest, SearchRequest
 from service.settings import Settings
 from service.telemetry import Metrics
@@ -71,6 +74,7 @@ class Pipeline:
         self._deadline = settings.deadline_ms / 1e3
         self._admission = Admission(settings.concurrency, settings.queue_limit, metrics.load)
         self._metrics = metrics
+        self._results = ResultCache(settings.result_cache) if settings.result_cache else None
 
     def choose(self, caller: Caller, user: str | None) -> tuple[Variant, Mapping[str, str]]:
         """The forced variant, else the one of the bucket key, the user or the request, in this order.
@@ -93,44 +97,73 @@ class Pipeline:
         started = time.perf_counter()
         variant, arms = self.choose(caller, request.user_id)
         deadline = time.monotonic() + self._deadline if caller.deadline is None else caller.deadline
-        engine = variant.engine.name
-        self._admission.check(engine, variant.options.width, request.limit, deadline)
+        if self._results is None:  # else the answer may be known, which takes no slot
+            self._admission.check(variant.engine.name, variant.options.width, request.limit, deadline)
         await self._catch_up()
         recalled = await self._memory.recall(request.user_id, request.query, variant.options.keywords)
         degraded: list[str] = [*recalled.degraded]
         spent = {"state": _ms_since(started)}
         context = replace(recalled.state.context(request.query), keywords=recalled.keywords or ())
         filters = None if request.filters is None else request.filters.to_filters()
-        options = variant.search_options(request.limit, filters=filters, deadline=deadline)
-        asked = time.perf_counter()
-        async with self._admission.slot(engine, options.width, options.limit, deadline) as width:
-            spent["queue"] = _ms_since(asked)
-            if width < options.width:
-                degraded.append(NARROW_BEAM)
-                options = replace(options, width=width)
-            # Known keywords are in the context; else the dictionary of the bundle is asked.
-            asks = options.keywords and recalled.keywords is None
-            result = await variant.engine.runner.search(context, replace(options, keywords=asks))
-        degraded += result.degraded
-        spent |= result.timings_ms | {"total": _ms_since(started)}
+        options = variant.search_options(request.limit, filters=filters, facets=request.facets, deadline=deadline)
+        # Known keywords are in the context; else the dictionary of the bundle is asked.
+        options = replace(options, keywords=options.keywords and recalled.keywords is None)
+        find = self._run if request.explain or self._results is None else self._find
+        found, width = await find(variant, context, options, spent)
+        if width < options.width:
+            degraded.append(NARROW_BEAM)
+            options = replace(options, width=width)
+        degraded += found.degraded
+        spent["total"] = _ms_since(started)
         body = {
             "request_id": caller.request_id,
             "query": request.query,
             "variant": variant.name,
-            "model_version": result.model_version or variant.engine.model_version,
-            "catalog_version": result.catalog.version,
-            "keywords": result.keywords,
-            "items": _items(result),
+            "model_version": found.model_version,
+            "catalog_version": found.catalog_version,
+            "keywords": found.keywords,
+            "items": orjson.Fragment(found.items),
             "degraded": degraded,
             "timings_ms": spent,
         }
+        if request.facets:
+            body["facets"] = found.facets
         if request.explain:
             told = {"keyword_source": recalled.source, "experiments": arms}
-            body["explain"] = _explain(context, options, result) | told
+            options = replace(options, keywords=variant.options.keywords)
+            body["explain"] = _explain(context, options, found) | told
         self._metrics.search(variant.name, options.width, spent, degraded)
         key = None if caller.forced_variant else caller.split_key(request.user_id)
-        self._memory.expose(exposure_of(body, result, arms, key, request.user_id))
+        self._memory.expose(exposure_of(body, found.ids, arms, key, request.user_id))
         return Answer(orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY), variant.name, spent)
+
+    async def _find(
+        self, variant: Variant, context: SearchContext, options: SearchOptions, spent: dict[str, float]
+    ) -> tuple[Found, int]:
+        """`_run`, unless the cache knows what it would find."""
+        assert self._results is not None
+        asked, version = time.perf_counter(), variant.engine.live.snapshot.version
+        key = result_key(variant, version, self._deployment.rates.version, context, options)
+        known = self._results.get(key, time.monotonic())
+        spent["cache"] = _ms_since(asked)
+        self._metrics.result(known is not None)
+        if known is not None:
+            return known, options.width
+        found, width = await self._run(variant, context, options, spent)
+        if width == options.width and not found.degraded and found.catalog_version == version:
+            self._results.put(key, found, time.monotonic())
+        return found, width
+
+    async def _run(
+        self, variant: Variant, context: SearchContext, options: SearchOptions, spent: dict[str, float]
+    ) -> tuple[Found, int]:
+        """What the variant finds, and at which beam width; adds the time of each stage to `spent`."""
+        asked, engine = time.perf_counter(), variant.engine
+        async with self._admission.slot(engine.name, options.width, options.limit, options.deadline) as width:
+            spent["queue"] = _ms_since(asked)
+            result = await engine.runner.search(context, replace(options, width=width))
+        spent |= result.timings_ms
+        return _found(result, engine.model_version), width
 
     async def record(self, received: Sequence[EventRequest]) -> int:
         """Accept events; returns how many were new. Raises InputError for an item of no catalog, StateUnavailable."""
@@ -171,9 +204,14 @@ class Pipeline:
 
 
 def exposure_of(
-    answer: Mapping[str, Any], result: SearchResult, arms: Mapping[str, str], key: str | None, user: str | None
+    answer: Mapping[str, Any],
+    ids: npt.NDArray[np.int64],
+    arms: Mapping[str, str],
+    key: str | None,
+    user: str | None,
 ) -> Exposure:
-    """The log entry of an answered search; key: what the split went by, None where a header forced the variant."""
+    """The log entry of an answered search with items int64 [n]; key: what the split went by, None where a header
+    forced the variant."""
     return Exposure(
         request_id=answer["request_id"],
         variant=answer["variant"],
@@ -182,7 +220,7 @@ def exposure_of(
         user_id=user,
         query=answer["query"],
         at=time.time(),
-        items=tuple(result.catalog.ids_at(result.rows).tolist()),
+        items=tuple(ids.tolist()),
         latency_ms=answer["timings_ms"]["total"],
     )
 
@@ -192,23 +230,34 @@ def spliced(fields: Mapping[str, Any], item: bytes) -> bytes:
     return orjson.dumps(fields)[:-1] + b"," + item[1:]
 
 
-def _items(result: SearchResult) -> list[orjson.Fragment]:
+def _found(result: SearchResult, model_version: str) -> Found:
+    """A result as answers need it; model_version names the model where the result does not."""
     catalog, rows = result.catalog, result.rows
-    found = zip(rows.tolist(), result.scores.tolist(), catalog.sids_at(rows).tolist(), strict=True)
+    ranked = zip(rows.tolist(), result.scores.tolist(), catalog.sids_at(rows).tolist(), strict=True)
     # Numbers and lists of numbers are written as JSON by Python itself, faster than by twenty calls of a library.
-    return [
-        orjson.Fragment(
-            b'{"rank":%d,"score":%.6f,"sid":%b,' % (rank, score, str(sid).encode()) + catalog.item_json(row)[1:]
-        )
-        for rank, (row, score, sid) in enumerate(found, start=1)
+    items = [
+        b'{"rank":%d,"score":%.6f,"sid":%b,' % (rank, score, str(sid).encode()) + catalog.item_json(row)[1:]
+        for rank, (row, score, sid) in enumerate(ranked, start=1)
     ]
+    return Found(
+        items=b"[" + b",".join(items) + b"]",
+        ids=catalog.ids_at(rows),
+        query_sid=result.query_sid,
+        keywords=result.keywords,
+        beams=result.beams,
+        eligible=result.eligible,
+        facets=result.facets,
+        degraded=result.degraded,
+        model_version=result.model_version or model_version,
+        catalog_version=catalog.version,
+    )
 
 
-def _explain(context: SearchContext, options: SearchOptions, result: SearchResult) -> dict[str, Any]:
+def _explain(context: SearchContext, options: SearchOptions, found: Found) -> dict[str, Any]:
     return {
-        "query_sid": result.query_sid,
-        "beams": result.beams,
-        "eligible": result.eligible,
+        "query_sid": found.query_sid,
+        "beams": found.beams,
+        "eligible": found.eligible,
         "options": {"width": options.width, "score": options.score, "keywords": options.keywords},
         "filters": None if options.filters is None else asdict(options.filters),
         "history": {

@@ -19,6 +19,7 @@ from pydantic import (
 
 from onesearch.catalog import Filters
 from onesearch.context import AgeBucket, Gender
+from onesearch.facets import Facets
 from onesearch.text import MAX_QUERY_CHARS, normalise
 from service.events import Event, EventType
 from service.state import Loss
@@ -123,6 +124,7 @@ class SearchRequest(Body):
     user_id: UserId | None = Field(default=None, description="whose history personalises the results")
     limit: Annotated[Limit, Field(strict=True)] = 20
     filters: SearchFilters | None = None
+    facets: Annotated[bool, Field(strict=True, description="count the candidates of the search")] = False
     explain: Annotated[bool, Field(strict=True)] = False
 
 
@@ -141,11 +143,12 @@ class SearchParameters(Body):
     price_max: Annotated[Price | None, AboveMinimum] = None
     in_stock: bool | None = None
     published_after: Moment | None = None
+    facets: bool = False
     explain: bool = False
 
     def to_request(self) -> SearchRequest:
         """The same request as a body."""
-        own = self.model_dump(include={"user_id", "limit", "explain"})
+        own = self.model_dump(include={"user_id", "limit", "facets", "explain"})
         filters = self.model_dump(include=_FILTERS)
         return SearchRequest(query=self.q, filters=SearchFilters(**filters), **own)
 
@@ -235,7 +238,10 @@ class FoundItem(CatalogItem):
 
 
 class SearchAnswer(BaseModel):
-    """Answer of a search. degraded says what it went without or, under load, got less of."""
+    """Answer of a search. degraded says what it went without or, under load, got less of.
+
+    facets count the candidates that the search looked at after filters, not the whole catalog.
+    """
 
     request_id: str
     query: str
@@ -246,6 +252,7 @@ class SearchAnswer(BaseModel):
     items: list[FoundItem]
     degraded: list[Loss | Literal["narrow_beam"]]
     timings_ms: dict[str, float]
+    facets: Facets | None = None
     explain: dict[str, object] | None = None
 
 

@@ -55,6 +55,9 @@ class Settings(BaseSettings):
     llm_prompt_price: float = Field(default=0.0, ge=0, description="price of a million prompt tokens")
     llm_completion_price: float = Field(default=0.0, ge=0, description="price of a million completion tokens")
     keyword_cache_size: int = Field(default=50_000, ge=1, description="keyword entries kept in this process")
+    result_cache: int = Field(
+        default=0, ge=0, le=1_000_000, description="answers kept in this process for equal searches; 0 keeps none"
+    )
     catalog: Path = Field(
         default=Path("onesearch-catalog"), description="folder of the changes of items and what is made of them"
     )

@@ -55,6 +55,7 @@ class Metrics:
         self._repeated = Counter("events_repeated", "Events that were in the log already.", **shared)
         self._dropped = Counter("outbox_dropped", "Deferred writes given up.", ["kind"], **shared)
         self._keywords = Counter("keyword_lookups", "Keyword lookups by what was found.", ["result"], **shared)
+        self._results = Counter("result_lookups", "Lookups in the cache of answers.", ["result"], **shared)
         versions = ["variant", "model", "catalog"]
         self._served = Gauge("variant_info", "Variants served.", versions, multiprocess_mode="livemax", **shared)
         latest: dict[str, Any] = {**shared, "multiprocess_mode": "livemostrecent"}
@@ -113,6 +114,10 @@ class Metrics:
     def keywords(self, result: str) -> None:
         """Count one keyword lookup: found for the user, for the query, or missing."""
         self._keywords.labels(result).inc()
+
+    def result(self, known: bool) -> None:
+        """Count one lookup in the cache of answers."""
+        self._results.labels("hit" if known else "miss").inc()
 
     def queue(self, waiting: int, dead: int, lag_seconds: float) -> None:
         """Tell the state of the keyword queue."""

@@ -8,6 +8,7 @@ import numpy as np
 
 from onesearch.catalog import Catalog, Item, write_catalog
 from onesearch.context import SearchContext
+from onesearch.facets import count_facets
 from onesearch.live import LiveCatalog
 from onesearch.search import SearchOptions, SearchResult
 from service.deployment import Deployment, Engine
@@ -61,13 +62,16 @@ class FakeRunner:
         everything, _ = catalog.expand(np.arange(catalog.trie.num_sids), 1000, catalog.select(options.filters))
         titles = {row: catalog.item(row).title.casefold() for row in everything.tolist()}
         hits = {row: sum(word in title for word in words) for row, title in titles.items()}
-        rows = sorted((i for i, hit in hits.items() if hit), key=lambda i: (-hits[i], i))[: options.limit]
+        ranked = sorted((i for i, hit in hits.items() if hit), key=lambda i: (-hits[i], i))
+        facets = count_facets(catalog, np.asarray(ranked, dtype=np.int64)) if options.facets else None
+        rows = ranked[: options.limit]
         scores = np.asarray([-1.0 / hits[row] for row in rows], dtype=np.float32)
         timings = {"understand": 0.1, "mask": 0.0, "prefill": 1.0, "decode": 2.0, "expand": 0.1}
         keywords = tuple(words) if options.keywords else ()
         query_sid = np.zeros(5, dtype=np.uint16)
         found = np.asarray(rows, dtype=np.int64)
-        return SearchResult(catalog, found, scores, query_sid, keywords, (1, 3), timings, len(everything))
+        eligible = len(everything)
+        return SearchResult(catalog, found, scores, query_sid, keywords, (1, 3), timings, eligible, facets=facets)
 
     async def close(self) -> None:
         self.closed = True

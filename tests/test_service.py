@@ -107,6 +107,16 @@ def test_filters_reach_the_catalog(running: Running) -> None:
     assert running.runner.seen[-1][1].filters is None
 
 
+def test_facets_count_the_candidates_and_only_on_demand(running: Running) -> None:
+    assert "facets" not in running.search("shoes")
+    facets = running.search("shoes socks", facets=True, limit=1, filters={"in_stock": True})["facets"]
+    assert facets["candidates"] == 3  # more than the page shows
+    assert facets["category"] == [{"value": "shoes", "count": 2}, {"value": "socks", "count": 1}]
+    assert facets["price"][0] == {"price_min": 79.0, "price_max": 79.0, "count": 1}
+    got = running.client.get("/v1/search", params={"q": "shoes socks", "facets": True, "in_stock": True})
+    assert got.json()["facets"] == facets
+
+
 def test_explain_tells_what_was_searched_and_only_on_demand(running: Running) -> None:
     assert "explain" not in running.search("shoes")
     explained = running.search("shoes", explain=True, filters={"brand": "fleet"})["explain"]
