@@ -223,10 +223,11 @@ class Catalog:
             keep &= _equals_any([columns["categories"][:, level] for level in range(CATEGORY_LEVELS)], codes)
         if filters.brand is not None:
             keep &= _equals_any([columns["brand"]], self._brand_codes.get(normalise(filters.brand), []))
-        if filters.price_min is not None:
-            keep &= columns["price"] >= filters.price_min
-        if filters.price_max is not None:
-            keep &= columns["price"] <= filters.price_max
+        with np.errstate(over="ignore"):  # a bound too large for the type of prices is infinite
+            if filters.price_min is not None:
+                keep &= columns["price"] >= filters.price_min
+            if filters.price_max is not None:
+                keep &= columns["price"] <= filters.price_max
         if filters.in_stock is not None:
             keep &= columns["in_stock"] == filters.in_stock
         if filters.published_after is not None:

@@ -115,7 +115,7 @@ class Pipeline:
             options = replace(options, width=width)
         degraded += found.degraded
         spent["total"] = _ms_since(started)
-        body = {
+        body: dict[str, Any] = {
             "request_id": caller.request_id,
             "query": request.query,
             "variant": variant.name,
