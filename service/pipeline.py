@@ -161,7 +161,8 @@ class Pipeline:
         asked, engine = time.perf_counter(), variant.engine
         async with self._admission.slot(engine.name, options.width, options.limit, options.deadline) as width:
             spent["queue"] = _ms_since(asked)
-            result = await engine.runner.search(context, replace(options, width=width))
+            given = options if width == options.width else replace(options, width=width)
+            result = await engine.runner.search(context, given)
         spent |= result.timings_ms
         return _found(result, engine.model_version), width
 

@@ -105,6 +105,12 @@ def test_filters_equal_a_plain_reading_of_each_item(
     assert [tuple(s) in legal for s in distinct.tolist()] == catalog.sid_mask(eligible).tolist()
 
 
+def test_a_price_bound_beyond_all_numbers_of_prices_is_infinite(tmp_path: Path) -> None:
+    catalog, items, _, _ = write(tmp_path, 60)
+    assert catalog.eligible(Filters(price_max=1e300)).sum() == sum(i.price is not None for i in items)
+    assert not catalog.eligible(Filters(price_min=1e300)).any()
+
+
 @given(st.integers(0, 5))
 def test_rows_under_sids_come_sid_by_sid_in_the_order_asked(
     tmp_path_factory: pytest.TempPathFactory, seed: int
