@@ -40,6 +40,7 @@ def create_app(settings: Settings, deployment: Deployment, store: Store) -> Fast
         description="Generative e-commerce search. Errors are problem+json (RFC 9457).",
         docs_url=None,
         redoc_url=None,
+        telemetry={"tracing": False, "metrics": False, "logs": False},  # `Metrics` and `Tracer` say more for less
         routes=[
             *routes.router.routes,
             *admin.router.routes,

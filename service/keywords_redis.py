@@ -9,7 +9,6 @@ from typing import Any
 
 import orjson
 from redis.asyncio import Redis
-from redis.asyncio.client import Pipeline
 
 from service.keywords import DEAD_SECONDS, MAX_JOBS, Claim, Entry, Job, QueueState, kept_until
 from service.redis_client import PREFIX, execute, told
@@ -54,9 +53,7 @@ class RedisKeywords:
         self._claim = redis.register_script(_CLAIM)
 
     async def lookup(self, keys: Sequence[str], now: float) -> dict[str, Entry]:
-        pipe = self._redis.pipeline(transaction=False)
-        queue_lookup(pipe, keys)
-        return entries(keys, (await execute(pipe))[0])
+        return entries(keys, await told(self._redis.mget([entry_name(key) for key in keys])) if keys else [])
 
     async def enqueue(self, jobs: Sequence[Job], now: float) -> None:
         body = orjson.dumps([{"key": job.key, "at": job.at, "body": job.to_json().decode()} for job in jobs])
@@ -97,13 +94,13 @@ class RedisKeywords:
         return QueueState(waiting, dead, max(0.0, now - oldest[0][1]) if oldest else 0.0)
 
 
-def queue_lookup(pipe: Pipeline, keys: Sequence[str]) -> None:
-    """Ask for entries as part of a pipeline."""
-    pipe.mget([_ENTRY + key for key in keys])
+def entry_name(key: str) -> str:
+    """The name of an entry in Redis."""
+    return _ENTRY + key
 
 
 def entries(keys: Sequence[str], reply: Sequence[Any]) -> dict[str, Entry]:
-    """What `queue_lookup` found."""
+    """What Redis has under the names of keys."""
     found = {}
     for key, value in zip(keys, reply, strict=True):
         if value is not None:

@@ -1,15 +1,34 @@
-"""User state in Redis: one list per user and history, one pipelined round trip per call."""
+"""User state in Redis: one list per user and history, one round trip per call.
+
+What every search does is one script, not a pipeline: to the client a command costs more time than to Redis.
+"""
 
 from collections.abc import Sequence
 from typing import Any
 from urllib.parse import quote
 
 from redis.asyncio import Redis
-from redis.asyncio.client import Pipeline
 
 from service import keywords_redis
-from service.redis_client import PREFIX, execute
+from service.redis_client import PREFIX, execute, told
 from service.state import LIMITS, Stamped, UserState, Visit
+
+# KEYS: profile and histories of the user, then keyword entries. ARGV: the query as a list entry, how many queries to
+# keep, milliseconds of retention. Answers with the profile, the histories without this query, and the entries.
+_VISIT = f"""
+local found = {{redis.call('GET', KEYS[1])}}
+for place = 2, {1 + len(LIMITS)} do
+    found[place] = redis.call('LRANGE', KEYS[place], 0, -1)
+end
+for place = {2 + len(LIMITS)}, #KEYS do
+    found[place] = redis.call('GET', KEYS[place])
+end
+redis.call('RPUSH', KEYS[2], ARGV[1])
+redis.call('LTRIM', KEYS[2], -ARGV[2], -1)
+redis.call('PEXPIRE', KEYS[2], ARGV[3])
+return found
+"""
+assert next(iter(LIMITS)) == "queries", "the script appends to the first history"
 
 
 class RedisUsers:
@@ -17,50 +36,40 @@ class RedisUsers:
 
     def __init__(self, redis: Redis, ttl_seconds: float) -> None:
         self._redis = redis
-        self._ttl = ttl_seconds
+        self._ttl, self._ttl_ms = ttl_seconds, int(ttl_seconds * 1000)
+        self._visit = redis.register_script(_VISIT)
 
     async def read(self, user: str, now: float) -> UserState:
         pipe = self._redis.pipeline(transaction=True)
-        self._queue_read(pipe, user)
+        profile, *histories = _keys(user)
+        pipe.get(profile)
+        for key in histories:
+            pipe.lrange(key, 0, -1)
         return self._state(await execute(pipe), now)
 
     async def visit(self, user: str | None, query: str, keys: Sequence[str], now: float) -> Visit:
-        if user is None and not keys:
-            return Visit(UserState(), {})
-        pipe = self._redis.pipeline(transaction=True)
-        if user is not None:
-            self._queue_read(pipe, user)
-            self._queue_append(pipe, user, query, now)
-        if keys:
-            keywords_redis.queue_lookup(pipe, keys)
-        replies = await execute(pipe)
-        entries = keywords_redis.entries(keys, replies.pop()) if keys else {}
-        return Visit(self._state(replies, now) if user is not None else UserState(), entries)
+        names = [keywords_redis.entry_name(key) for key in keys]
+        if user is None:
+            found = await told(self._redis.mget(names)) if names else []
+            return Visit(UserState(), keywords_redis.entries(keys, found))
+        own = _keys(user)
+        arguments: list[str | int] = [f"{now!r} {query}", LIMITS["queries"], self._ttl_ms]
+        replies: Any = await told(self._visit(keys=[*own, *names], args=arguments))
+        return Visit(self._state(replies[: len(own)], now), keywords_redis.entries(keys, replies[len(own) :]))
 
     async def set_profile(self, user: str, profile: str, now: float) -> None:
         pipe = self._redis.pipeline(transaction=True)
-        key = _key(user, "profile")
+        key = _keys(user)[0]
         if profile:
-            pipe.set(key, f"{now!r} {profile}", px=int(self._ttl * 1000))
+            pipe.set(key, f"{now!r} {profile}", px=self._ttl_ms)
         else:
             pipe.delete(key)
         await execute(pipe)
 
     async def forget(self, user: str) -> None:
         pipe = self._redis.pipeline(transaction=True)
-        pipe.delete(*(_key(user, name) for name in ("profile", *LIMITS)))
+        pipe.delete(*_keys(user))
         await execute(pipe)
-
-    def _queue_read(self, pipe: Pipeline, user: str) -> None:
-        pipe.get(_key(user, "profile"))
-        for name in LIMITS:
-            pipe.lrange(_key(user, name), 0, -1)
-
-    def _queue_append(self, pipe: Pipeline, user: str, query: str, now: float) -> None:
-        key = _key(user, "queries")
-        pipe.rpush(key, f"{now!r} {query}")
-        pipe.ltrim(key, -LIMITS["queries"], -1)
-        pipe.pexpire(key, int(self._ttl * 1000))
 
     def _state(self, replies: list[Any], now: float) -> UserState:
         # Redis forgets whole keys; what is too old in them is left out here.
@@ -80,8 +89,10 @@ def user_prefix(user: str) -> str:
     return f"{PREFIX}:user:{quote(user, safe='')}:"
 
 
-def _key(user: str, name: str) -> str:
-    return user_prefix(user) + name
+def _keys(user: str) -> list[str]:
+    """Of the profile, then of the histories."""
+    prefix = user_prefix(user)
+    return [prefix + name for name in ("profile", *LIMITS)]
 
 
 def _parse(entry: str) -> Stamped:
