@@ -28,8 +28,10 @@ from trie import SidTrie
 
 SCHEMA_VERSION = 1
 MANIFEST, GRAPHS, STAMP, HELD_OUT = "manifest.json", "graphs", "stamp.json", "held_out.jsonl"
-_CONTRACT = ("sid_spec.json", "tokenizer.json", "sequence.json", "codebooks.npz", "embedder")
-_PARTS = (*_CONTRACT, "items", "trie.bin", "keywords.json", "model.json", "weights.safetensors", "examples.jsonl")
+DEFAULTS = "defaults.json"  # items for users without history, by query; only in bundles whose recipe asks for it
+_MUST = ("sid_spec.json", "tokenizer.json", "sequence.json", "codebooks.npz", "embedder")
+_CONTRACT = (*_MUST, DEFAULTS)
+_PARTS = (*_MUST, "items", "trie.bin", "keywords.json", "model.json", "weights.safetensors", "examples.jsonl")
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,9 @@ def open_parts(
 ) -> Bundle:
     """Open the parts of a folder without verifying checksums; packaging uses it before the manifest exists."""
     catalog = Catalog(folder / "items")
-    encoder = ContextEncoder(open_embedder(folder / "embedder"), Codebooks.load(folder / "codebooks.npz"), catalog)
+    renderer, defaults = open_renderer(folder), _read_defaults(folder / DEFAULTS)
+    embedder, codebooks = open_embedder(folder / "embedder"), Codebooks.load(folder / "codebooks.npz")
+    encoder = ContextEncoder(embedder, codebooks, catalog, renderer.config.uid, defaults)
     try:
         trie = SidTrie.open(folder / "trie.bin")
     except (OSError, ValueError) as error:
@@ -169,7 +173,7 @@ def open_parts(
     return Bundle(
         path=folder,
         manifest=manifest,
-        renderer=open_renderer(folder),
+        renderer=renderer,
         encoder=encoder,
         catalog=catalog,
         trie=trie,
@@ -214,10 +218,21 @@ def _probe(renderer: Renderer) -> Fields:
         query_sid=np.zeros(levels, dtype=np.uint16),
         profile="24-30 F",
         recent_queries=("running shoes", "socks"),
+        uid=np.zeros((2, levels), dtype=np.uint16),
         recent_sids=np.zeros((2, levels), dtype=np.uint16),
         history=np.zeros((RQ_LEVELS, renderer.history_dim), dtype=np.float32),
         keywords=("shoes", "red"),
     )
+
+
+def _read_defaults(path: Path) -> dict[str, tuple[int, ...]]:
+    """Default histories by query; none when the bundle has no such file."""
+    if not path.exists():
+        return {}
+    try:
+        return {str(query): tuple(map(int, items)) for query, items in orjson.loads(path.read_bytes()).items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise BundleError(str(path), [f"not a table of default histories ({error!r})"]) from error
 
 
 def _combined(parts: Mapping[str, str]) -> str:

@@ -1,11 +1,13 @@
-"""From what is known about a request to prompt fields: query SID, history SIDs, long-history vectors.
+"""From what is known about a request to prompt fields: query SID, history SIDs, long-history vectors, user id.
 
 The only feature code. Training builds its samples and serving its prompts through `ContextEncoder`.
 """
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from types import MappingProxyType
 from typing import Literal, Protocol
 
 import numpy as np
@@ -13,13 +15,15 @@ import numpy.typing as npt
 
 from onesearch.embedder import TextEmbedder
 from onesearch.quantizer import Codebooks
-from onesearch.sequence import Fields
+from onesearch.sequence import Fields, UidMode
 from onesearch.sid import RQ_LEVELS, Codes
 from onesearch.text import normalise
+from onesearch.uid import user_id
 
 MAX_RECENT_QUERIES = 10
 MAX_RECENT_ITEMS = 20
 MAX_LONG_ITEMS = 100
+MAX_DEFAULT_ITEMS = 10
 # How much of each history logs and live traffic keep: more queries than a context shows, since repeats count once.
 KEPT_QUERIES, KEPT_CLICKS, KEPT_LONG = 3 * MAX_RECENT_QUERIES, MAX_LONG_ITEMS, MAX_LONG_ITEMS
 Gender = Literal["F", "M"]
@@ -32,6 +36,7 @@ class SearchContext:
 
     recent_items is the short click sequence, long_items everything the user clicked or bought (item ids); items
     that are not in the catalog are left out. profile is free text such as "24-30 F".
+    default_items: what stands in for both sequences if the user has neither; None: what the bundle keeps for the query.
     """
 
     query: str
@@ -40,6 +45,12 @@ class SearchContext:
     recent_items: tuple[int, ...] = ()
     long_items: tuple[int, ...] = ()
     keywords: tuple[str, ...] = ()
+    default_items: tuple[int, ...] | None = None
+
+    @property
+    def knows_user(self) -> bool:
+        """Whether anything is known of who asks."""
+        return bool(self.profile or self.recent_queries or self.recent_items or self.long_items)
 
 
 def assemble(
@@ -63,6 +74,14 @@ def assemble(
     )
 
 
+def default_sequence(clicks: Counter[int]) -> tuple[int, ...]:
+    """The default history for a query (spec §3.6): its items clicked on most page views, the most clicked one last,
+    where the newest stands; equals by item id. clicks: item → page views of the query on which it was clicked.
+    """
+    best = sorted(clicks, key=lambda item: (-clicks[item], item))[:MAX_DEFAULT_ITEMS]
+    return tuple(reversed(best))
+
+
 def profile_text(gender: Gender | None, age_bucket: AgeBucket | None) -> str:
     """Profile as prompts show it, e.g. `24-30 F`; unknown parts are left out."""
     return " ".join(part for part in (age_bucket, gender) if part is not None)
@@ -79,10 +98,20 @@ class SidLookup(Protocol):
 class ContextEncoder:
     """Applies the fitted embedder and codebooks to contexts."""
 
-    def __init__(self, embedder: TextEmbedder, codebooks: Codebooks, items: SidLookup) -> None:
+    def __init__(
+        self,
+        embedder: TextEmbedder,
+        codebooks: Codebooks,
+        items: SidLookup,
+        uid: UidMode = "off",
+        defaults: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
+    ) -> None:
+        """uid: how user ids are made. defaults: normalised query → items for users without history."""
         self.embedder = embedder
         self.codebooks = codebooks
         self._items = items
+        self._uid: UidMode = uid
+        self._defaults = defaults
 
     def query_sids(self, queries: Sequence[str]) -> Codes:
         """uint16 [n, L] of query texts."""
@@ -97,22 +126,31 @@ class ContextEncoder:
         """
         items = items or self._items
         sid = self.query_sids([context.query])[0] if query_sid is None else query_sid
+        recent, long = context.recent_items, context.long_items
+        if not recent and not long:
+            recent = long = self._default(context)
+        recent_sids, long_sids = items.sids_of(recent), items.sids_of(long[-MAX_LONG_ITEMS:])
         return Fields(
             query=context.query,
             query_sid=sid,
             profile=context.profile,
+            uid=user_id(recent_sids, long_sids, self._uid, self.codebooks),
             recent_queries=context.recent_queries,
-            recent_sids=items.sids_of(context.recent_items),
-            history=self.history(context.long_items, items),
+            recent_sids=recent_sids,
+            history=self.history(long_sids),
             keywords=context.keywords,
         )
 
-    def history(self, item_ids: Sequence[int], items: SidLookup | None = None) -> npt.NDArray[np.float32] | None:
-        """Long-history vectors float32 [3, E]: per RQ level the L2-normalised mean centroid (spec §3.6).
+    def _default(self, context: SearchContext) -> tuple[int, ...]:
+        """Items in place of a history."""
+        if context.default_items is not None:
+            return context.default_items
+        return self._defaults.get(normalise(context.query), ())
 
-        None when no item of the history is in the catalog. The latest MAX_LONG_ITEMS count.
+    def history(self, sids: Codes) -> npt.NDArray[np.float32] | None:
+        """Long-history vectors float32 [3, E] of items uint16 [m, L]: per RQ level the L2-normalised mean centroid
+        (spec §3.6); None without items.
         """
-        sids = (items or self._items).sids_of(item_ids[-MAX_LONG_ITEMS:])
         if len(sids) == 0:
             return None
         mean = self.codebooks.level_vectors(sids).mean(axis=0)

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 from onesearch.errors import ConfigError
 from onesearch.model import OneSearchModel
 from onesearch.model_config import BackboneName, ModelConfig
-from onesearch.sequence import CONTROL_TOKENS, Renderer, add_sid_tokens
+from onesearch.sequence import CONTROL_TOKENS, UID_TOKEN, Renderer, add_sid_tokens
 from onesearch.sid import SidSpec
 
 # What each network's own configuration calls our shape, and what it must agree on because the shape cannot say it.
@@ -46,6 +46,7 @@ _AGREED: dict[BackboneName, tuple[str, ...]] = {
         "tie_word_embeddings",
     ),
 }
+_CONTROL = (*CONTROL_TOKENS, UID_TOKEN)
 
 
 def extended_tokenizer(folder: Path, spec: SidSpec) -> Tokenizer:
@@ -57,7 +58,7 @@ def extended_tokenizer(folder: Path, spec: SidSpec) -> Tokenizer:
         tokenizer: Tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True).backend_tokenizer
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(f"checkpoint {folder}: no tokenizer that can be read ({error})") from error
-    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in CONTROL_TOKENS])
+    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in _CONTROL])
     add_sid_tokens(tokenizer, spec)
     return tokenizer
 
@@ -122,7 +123,7 @@ def _first_added(folder: Path, renderer: Renderer) -> int:
     saved = folder / "tokenizer.json"
     if saved.exists():
         return 1 + max(Tokenizer.from_file(str(saved)).get_vocab(with_added_tokens=True).values())
-    ours = {renderer.tokenizer.token_to_id(token) for token in CONTROL_TOKENS}
+    ours = {renderer.tokenizer.token_to_id(token) for token in _CONTROL}
     first = renderer.sids.first_id
     while first - 1 in ours:
         first -= 1

@@ -12,7 +12,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +28,7 @@ _CACHED_TEXTS = 65_536  # queries and keywords repeat, in logs and in traffic
 # One task tag opens every prompt and one field tag opens every field. A field that is absent leaves no trace, so
 # a student prompt (without keywords) is a strict prefix of its teacher prompt (spec §4.3): keywords come last.
 TASKS: dict[str, tuple[str, ...]] = {
-    "search": ("query", "query_sid", "profile", "history", "recent_items", "recent_queries", "keywords"),
+    "search": ("query", "query_sid", "profile", "uid", "history", "recent_items", "recent_queries", "keywords"),
     "query_to_sid": ("query",),
     "sid_to_query": ("query_sid",),
     "title_to_sid": ("title",),
@@ -43,8 +43,8 @@ TASKS: dict[str, tuple[str, ...]] = {
     "items_to_next_item": ("profile", "recent_items"),
     "query_to_keywords": ("query",),
     "query_sid_to_keyword_sid": ("query_sid",),
-    "user_to_keywords": ("query", "query_sid", "profile", "history", "recent_items", "recent_queries"),
-    "user_to_keyword_sid": ("query_sid", "profile", "history", "recent_items", "recent_queries"),
+    "user_to_keywords": ("query", "query_sid", "profile", "uid", "history", "recent_items", "recent_queries"),
+    "user_to_keyword_sid": ("query_sid", "profile", "uid", "history", "recent_items", "recent_queries"),
 }
 _FIELDS = (
     "query",
@@ -59,6 +59,7 @@ _FIELDS = (
 )
 PAD, BOS, EOS, SEP = "<pad>", "<bos>", "<eos>", "<sep>"
 DISTILL = "<distill>"  # ends a student prompt in the special-token mode of self-distillation (spec §4.7)
+UID_TOKEN = "<field_uid>"  # part of a vocabulary only where prompts show user ids
 HISTORY_TOKENS = tuple(f"<history_{level}>" for level in range(RQ_LEVELS))
 CONTROL_TOKENS = (
     *(PAD, BOS, EOS, SEP, DISTILL),
@@ -68,9 +69,15 @@ CONTROL_TOKENS = (
 )
 
 
+UidMode = Literal["off", "index_mean", "vote", "embed"]
+
+
 @dataclass(frozen=True)
 class SequenceConfig:
-    """Limits of a prompt, in tokens unless a name says otherwise. Stored in the bundle."""
+    """Limits of a prompt, in tokens unless a name says otherwise. Stored in the bundle.
+
+    uid: whether prompts show a user id of 2 L tokens, and how it is made of the histories (`onesearch.uid`).
+    """
 
     max_ids: int = 96
     query_tokens: int = 32
@@ -81,17 +88,25 @@ class SequenceConfig:
     recent_items: int = 10
     keywords: int = 8
     keyword_tokens: int = 6
+    uid: UidMode = "off"
 
     def __post_init__(self) -> None:
+        if self.uid not in get_args(UidMode):
+            raise ConfigError(f"sequence.uid: {self.uid!r}, expected one of {', '.join(get_args(UidMode))}")
         for f in fields(self):
             value = getattr(self, f.name)
-            if not isinstance(value, int) or value < (0 if f.name.startswith("recent") else 1):
+            least = 0 if f.name.startswith("recent") else 1
+            if f.name != "uid" and (not isinstance(value, int) or value < least):
                 raise ConfigError(f"sequence.{f.name}: {value!r} is not a valid limit")
-        worst = 2 + 2 + self.query_tokens + 6 + self.target_tokens + 4
+        worst = 2 + 2 + self.query_tokens + 6 + self.target_tokens + 4 + (0 if self.uid == "off" else 11)
         if self.max_ids < worst:
             raise ConfigError(
                 f"sequence.max_ids: {self.max_ids} cannot hold a full query; expected at least {worst}"
             )
+
+    def control_tokens(self) -> tuple[str, ...]:
+        """The control tokens that a vocabulary needs for these prompts."""
+        return CONTROL_TOKENS if self.uid == "off" else (*CONTROL_TOKENS, UID_TOKEN)
 
     def to_json(self) -> bytes:
         return json.dumps(asdict(self), indent=1, sort_keys=True).encode()
@@ -106,7 +121,7 @@ class Fields:
     """What a prompt may say; text is raw (the renderer normalises), SIDs are codes.
 
     query_sid, item_sid: uint16 [L] or None. recent_sids: uint16 [n, L], oldest first. history: float32
-    [3, E], one vector per RQ level, or None for a user without history (spec §3.6).
+    [3, E], one vector per RQ level, and uid: uint16 [2, L], or None for a user without history (spec §3.6).
     """
 
     query: str = ""
@@ -114,6 +129,7 @@ class Fields:
     query_sid: Codes | None = None
     item_sid: Codes | None = None
     profile: str = ""
+    uid: Codes | None = None
     recent_queries: tuple[str, ...] = ()
     recent_sids: Codes = field(default_factory=_no_sids)
     history: npt.NDArray[np.float32] | None = None
@@ -136,7 +152,7 @@ class Renderer:
         self.config = config
         self.history_dim = history_dim
         self._tokens = lru_cache(maxsize=_CACHED_TEXTS)(self._tokenise)
-        self._control = {token: self._require(token) for token in CONTROL_TOKENS}
+        self._control = {token: self._require(token) for token in config.control_tokens()}
         self.sids = SidVocab(spec, self._require(spec.token_strings()[0]))
         self.pad, self.bos, self.eos = self._control[PAD], self._control[BOS], self._control[EOS]
         self.distill = self._control[DISTILL]
@@ -192,6 +208,11 @@ class Renderer:
 
     def _profile(self, v: Fields) -> list[list[int]]:
         return [self._text(v.profile, self.config.keyword_tokens)] if v.profile else []
+
+    def _uid(self, v: Fields) -> list[list[int]]:
+        if v.uid is None or self.config.uid == "off":
+            return []
+        return [self.sids.token_ids(codes).tolist() for codes in v.uid]
 
     def _history(self, v: Fields) -> list[list[int]]:
         return [] if v.history is None else [list(self.history_ids)]

@@ -31,6 +31,9 @@ golden_examples = 3
 [data]
 bootstrap = {bootstrap}
 anonymous_share = 0.3
+cold_default = true
+[sequence]
+uid = "vote"
 [embedder]
 buckets = 2048
 svd_dim = 16

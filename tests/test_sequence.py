@@ -22,6 +22,7 @@ def full_fields(items: int = 3, queries: tuple[str, ...] = ("blue bag", "red"), 
         query_sid=np.zeros(LEVELS, dtype=np.uint16),
         item_sid=np.ones(LEVELS, dtype=np.uint16),
         profile="24-30 F",
+        uid=np.asarray([[1] * LEVELS, [2] * LEVELS], dtype=np.uint16),
         recent_queries=queries,
         recent_sids=np.arange(items, dtype=np.uint16)[:, None] % np.ones(LEVELS, dtype=np.uint16) + np.uint16(1),
         history=np.ones((3, HISTORY_DIM), dtype=np.float32),
@@ -34,12 +35,35 @@ def names(renderer: Renderer, ids: np.ndarray) -> list[str]:
     return [str(renderer.tokenizer.id_to_token(i)) for i in ids.tolist()]
 
 
+WITH_UID = tiny_renderer(SequenceConfig(uid="embed"))
+
+
+@pytest.mark.parametrize("renderer", [RENDERER, WITH_UID], ids=["off", "uid"])
 @pytest.mark.parametrize("task", TASKS)
-def test_a_prompt_opens_with_its_task_and_shows_its_fields_in_order(task: str) -> None:
-    tokens = names(RENDERER, RENDERER.prompt(task, full_fields()).ids)
+def test_a_prompt_opens_with_its_task_and_shows_its_fields_in_order(task: str, renderer: Renderer) -> None:
+    tokens = names(renderer, renderer.prompt(task, full_fields()).ids)
     assert tokens[0] == f"<task_{task}>"
     shown = [t.removeprefix("<field_").removesuffix(">") for t in tokens if t.startswith("<field_")]
-    assert shown == list(TASKS[task])
+    assert shown == [field for field in TASKS[task] if field != "uid" or renderer is WITH_UID]
+
+
+def test_a_user_id_is_ten_tokens_and_a_vocabulary_without_it_is_as_before() -> None:
+    tokens = names(WITH_UID, WITH_UID.prompt("search", full_fields()).ids)
+    at = tokens.index("<field_uid>") + 1
+    assert tokens[at : at + 10] == [
+        "<a_1>",
+        "<b_1>",
+        "<c_1>",
+        "<d_1>",
+        "<d_4>",
+        *("<a_2>", "<b_2>", "<c_2>", "<d_2>", "<d_5>"),
+    ]
+    assert "<field_uid>" not in names(WITH_UID, WITH_UID.prompt("search", full_fields(uid=None)).ids)
+    assert RENDERER.tokenizer.token_to_id("<field_uid>") is None
+    with pytest.raises(ConfigError, match="has no token '<field_uid>'"):
+        Renderer(RENDERER.tokenizer, RENDERER.sids.spec, WITH_UID.config, HISTORY_DIM)
+    with pytest.raises(ConfigError, match=r"sequence\.uid: 'mean', expected one of off, index_mean, vote, embed"):
+        sequence_config({"uid": "mean"})
 
 
 def test_an_unknown_task_names_itself() -> None:

@@ -13,10 +13,13 @@ SIZES = (7, 5, 4, 3, 6)
 HISTORY_DIM = 8
 
 
-def tiny_renderer() -> Renderer:
+PROMPTS = SequenceConfig()
+
+
+def tiny_renderer(config: SequenceConfig = PROMPTS) -> Renderer:
     spec = SidSpec(SIZES)
-    tokenizer = train_tokenizer(["red shoes", "blue bag"], 1000, spec)
-    return Renderer(tokenizer, spec, SequenceConfig(), HISTORY_DIM)
+    tokenizer = train_tokenizer(["red shoes", "blue bag"], 1000, spec, config.control_tokens())
+    return Renderer(tokenizer, spec, config, HISTORY_DIM)
 
 
 SHAPES = {

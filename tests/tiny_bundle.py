@@ -1,10 +1,12 @@
 """A whole bundle in a second: real parts fitted on thirty items, with an untrained model."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import polars as pl
-from tiny import tiny_model
+from tiny import PROMPTS, tiny_model
 
 from onesearch.bundle import HeldOut, open_renderer
 from onesearch.context import SearchContext
@@ -51,16 +53,20 @@ def tiny_items() -> pl.DataFrame:
     return pl.DataFrame(rows, schema=frame_schema("items"))
 
 
-def write_tiny_identifiers(folder: Path) -> None:
+def write_tiny_identifiers(
+    folder: Path,
+    sequence: SequenceConfig = PROMPTS,
+    defaults: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
+) -> None:
     items = tiny_items()
     texts = [item.text() for item in catalog_items(items)]
     embedder = fit_embedder(texts, None, EMBEDDER)
     vectors = embedder.embed(texts)
     codebooks, sids = fit_codebooks(vectors, vectors, CODEBOOKS)
-    tokenizer = train_tokenizer(texts, 600, codebooks.spec)
+    tokenizer = train_tokenizer(texts, 600, codebooks.spec, sequence.control_tokens())
     popularity = {int(i): float(i % 7) for i in items["item_id"]}
     keywords = mine_keywords(items, [], min_items=2)
-    parts = Identifiers(items, sids, popularity, embedder, codebooks, tokenizer, SequenceConfig(), keywords)
+    parts = Identifiers(items, sids, popularity, embedder, codebooks, tokenizer, sequence, keywords, defaults)
     write_identifiers(folder, parts)
 
 

@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import polars as pl
 from tokenizers import Tokenizer
 
 from onesearch.arrays import write_atomically
-from onesearch.bundle import HELD_OUT, SCHEMA_VERSION, HeldOut, Manifest, open_parts, seal
+from onesearch.bundle import DEFAULTS, HELD_OUT, SCHEMA_VERSION, HeldOut, Manifest, open_parts, seal
 from onesearch.catalog import Item, write_catalog
 from onesearch.context import SearchContext
 from onesearch.embedder import TextEmbedder
@@ -31,7 +31,10 @@ from trie import SidTrie
 
 @dataclass(frozen=True)
 class Identifiers:
-    """Everything but the model: what turns text into ids. item_sids: uint16 [N, L] in the order of `items`."""
+    """Everything but the model: what turns text into ids. item_sids: uint16 [N, L] in the order of `items`.
+
+    defaults: query → items for users without history.
+    """
 
     items: pl.DataFrame
     item_sids: Codes
@@ -41,6 +44,7 @@ class Identifiers:
     tokenizer: Tokenizer
     sequence: SequenceConfig
     keywords: KeywordRules
+    defaults: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 def write_identifiers(folder: Path, parts: Identifiers) -> None:
@@ -53,6 +57,9 @@ def write_identifiers(folder: Path, parts: Identifiers) -> None:
     parts.codebooks.save(folder / "codebooks.npz")
     parts.embedder.save(folder / "embedder")
     parts.keywords.save(folder / "keywords.json")
+    if parts.defaults:
+        defaults = orjson.dumps(dict(parts.defaults), option=orjson.OPT_SORT_KEYS)
+        write_atomically(folder / DEFAULTS, defaults)
     items = catalog_items(parts.items)
     popularity = np.asarray([parts.popularity.get(item.item_id, 0.0) for item in items], dtype=np.float32)
     write_catalog(folder / "items", items, parts.item_sids, popularity)

@@ -26,6 +26,7 @@ from onesearch.embedder import KeywordEmbedder, TextEmbedder
 from onesearch.errors import BundleError, ConfigError, OneSearchError
 from training.bootstrap import with_queries
 from training.codebooks import fit_codebooks
+from training.cold_start import default_table, with_defaults
 from training.embedder import ClickPairs, fit_embedder
 from training.keywords import mine_keywords
 from training.oracle import oracle_keywords
@@ -69,6 +70,8 @@ def train_bundle(recipe: Recipe, data: Path, out: Path, work: Work) -> Manifest:
     tables = with_queries(load_tables(data), recipe.data.bootstrap, recipe.seed, recipe.data.pseudo_queries)
     views = page_views(tables)
     training = [view for view in views if view.split == "train"]
+    if recipe.data.cold_default:
+        training = with_defaults(training)
     plain = recipe_json(recipe)
     inputs = {"tables": _fingerprint(data), **{k: plain[k] for k in _IDENTIFIER_KEYS}}
     identifiers = work.folder("identifiers", inputs)
@@ -122,7 +125,8 @@ def _fit_identifiers(recipe: Recipe, tables: Tables, views: Sequence[PageView], 
         *profiles,
         *tables.items["category_level2_name"].unique().sort(),
     ]
-    tokenizer = train_tokenizer(corpus, recipe.tokenizer.vocab_size, codebooks.spec)
+    control = recipe.sequence.control_tokens()
+    tokenizer = train_tokenizer(corpus, recipe.tokenizer.vocab_size, codebooks.spec, control)
     query_sids = codebooks.encode(query_vectors)
     report = sid_report(
         item_sids,
@@ -132,8 +136,9 @@ def _fit_identifiers(recipe: Recipe, tables: Tables, views: Sequence[PageView], 
     )
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
+    rates, defaults = click_rates(views), default_table(views) if recipe.data.cold_default else {}
     parts = Identifiers(
-        tables.items, item_sids, click_rates(views), embedder, codebooks, tokenizer, recipe.sequence, keywords
+        tables.items, item_sids, rates, embedder, codebooks, tokenizer, recipe.sequence, keywords, defaults
     )
     write_identifiers(partial, parts)
     write_atomically(partial / "sid_report.json", orjson.dumps(report, option=orjson.OPT_INDENT_2))

@@ -27,6 +27,7 @@ class DataConfig:
     keywords: who makes the keywords of page views: the mined rules, the file `keyword_file` that `training.taqu` made,
     or for a simulated marketplace the oracle that knows its truth, which keeps a keyword with chance keyword_recall
     and swaps it with chance keyword_noise.
+    cold_default: users without history get that of their query, the items clicked most for it (spec §3.6).
     """
 
     bootstrap: bool = False
@@ -39,6 +40,7 @@ class DataConfig:
     keyword_file: str = ""
     keyword_recall: float = 0.9
     keyword_noise: float = 0.1
+    cold_default: bool = False
 
     def __post_init__(self) -> None:
         if (self.keywords == "file") != bool(self.keyword_file):

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from onesearch.context import ContextEncoder
+from onesearch.context import ContextEncoder, SearchContext
 from onesearch.sequence import Fields, Prompt, Renderer
 from onesearch.sid import Codes
 from training.columns import UNKNOWN
@@ -75,43 +75,39 @@ def search(sources: Sources) -> Iterable[Sample]:
 
     This is the student's input, without keywords (spec §4.3).
     """
-    return _search(sources, lambda keywords, fields: fields)
+    return _search(sources, lambda keywords: ())
 
 
 def search_keywords(sources: Sources) -> Iterable[Sample]:
     """`search` with the training keywords shown: the teacher's input (spec §4.4 `kw_mix`)."""
     plain = replace(sources, teach=False)
-    return _search(plain, lambda keywords, fields: _with_keywords(fields, keywords.train, keywords.query))
+    return _search(plain, lambda keywords: keywords.train)
 
 
 def search_served(sources: Sources) -> Iterable[Sample]:
     """`search` with the keywords that serving would show, which know nothing of the outcome (spec §4.6.4)."""
     plain = replace(sources, teach=False)
-    return _search(plain, lambda keywords, fields: _with_keywords(fields, keywords.serve, keywords.query))
+    return _search(plain, lambda keywords: keywords.serve)
 
 
-def _search(sources: Sources, shown: Callable[[Keywords, Fields], Fields]) -> Iterable[Sample]:
+def _search(sources: Sources, shown: Callable[[Keywords], tuple[str, ...]]) -> Iterable[Sample]:
     rng = np.random.default_rng([sources.seed, 3])
     rows = list(zip(sources.views, sources.keywords, strict=True))
     for view, keywords in _shuffled(sources, [row for row in rows if row[0].clicked]):
-        fields = sources.encoder.fields(view.context, sources.query_sids[view.context.query])
+        context = view.context
         if rng.random() < sources.anonymous_share:
-            fields = Fields(query=fields.query, query_sid=fields.query_sid)
-        prompt = sources.renderer.prompt("search", shown(keywords, fields))
+            context = SearchContext(context.query, default_items=context.default_items)
+        if not context.knows_user:  # such a prompt shows the keywords of the query alone
+            keywords = Keywords(*(keywords.query,) * 3)
+        fields = sources.encoder.fields(context, sources.query_sids[context.query])
+        prompt = sources.renderer.prompt("search", replace(fields, keywords=shown(keywords)))
         teacher = None
         if sources.teach:
-            taught = _with_keywords(fields, keywords.train, keywords.query)
-            teacher = sources.renderer.prompt("search", taught)
+            teacher = sources.renderer.prompt("search", replace(fields, keywords=keywords.train))
         for item in view.clicked[:MAX_POSITIVES]:
             if item in sources.item_sids:
                 weight = ORDER_WEIGHT if item in view.ordered else 1.0
                 yield Sample(prompt, sources.renderer.target(sources.item_sids[item]), weight, teacher)
-
-
-def _with_keywords(fields: Fields, personal: tuple[str, ...], query: tuple[str, ...]) -> Fields:
-    """A prompt that hides the user shows the keywords of the query alone."""
-    known = fields.profile or fields.history is not None or len(fields.recent_sids) or fields.recent_queries
-    return replace(fields, keywords=personal if known else query)
 
 
 def query_to_sid(sources: Sources) -> Iterable[Sample]:
