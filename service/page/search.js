@@ -1,32 +1,31 @@
-// The search page: one form, one list. Talks to this service only; all text enters the page as text.
+// The search page: one form, one list. All text enters the page as text.
 
-const byId = (id) => document.getElementById(id);
-const form = byId("form"), query = byId("query"), status = byId("status"), results = byId("results");
-const FIELDS = { user: "user_id", variant: "variant", category: "category", "price-min": "price_min", "price-max": "price_max" };
+import { byId, call, element, post } from "./api.js";
+import { explain } from "./explain.js";
+import { showFacets } from "./facets.js";
+import { mark, movement, summary } from "./movement.js";
+import { clicked, greet, user, watch } from "./shopper.js";
+
+const form = byId("form"), query = byId("query"), status = byId("status"), results = byId("results"), again = byId("again");
+// What the address holds. The user is not in it: a shared address must not share the one who shared it.
+const FIELDS = {
+  variant: "variant", category: "category", brand: "brand", "price-min": "price_min", "price-max": "price_max",
+  after: "published_after",
+};
 let latest = 0; // the number of the newest search; older answers are dropped
-
-async function call(path, options) {
-  const response = await fetch(path, options);
-  const body = await response.json();
-  if (!response.ok) throw Object.assign(new Error(body.detail), { problem: body });
-  return body;
-}
-
-function post(path, body, headers = {}) {
-  const all = { "Content-Type": "application/json", ...headers };
-  return call(path, { method: "POST", headers: all, body: JSON.stringify(body), keepalive: path === "/v1/events" });
-}
 
 const number = (id) => (byId(id).value === "" ? undefined : Number(byId(id).value));
 
 function asked() {
   const filters = {
     category: byId("category").value || undefined,
+    brand: byId("brand").value.trim() || undefined,
     price_min: number("price-min"),
     price_max: number("price-max"),
     in_stock: byId("in-stock").checked || undefined,
+    published_after: byId("after").value || undefined,
   };
-  return { query: query.value, user_id: byId("user").value.trim() || undefined, limit: 20, filters, explain: true };
+  return { query: query.value, user_id: user() || undefined, limit: 20, filters, facets: true, explain: true };
 }
 
 // The address holds the search, so that it can be shared and the back button works.
@@ -49,13 +48,18 @@ function fromAddress() {
 function say(text, bad = false) {
   status.textContent = text;
   status.classList.toggle("bad", bad);
+  again.hidden = true;
+}
+
+function clear() {
+  for (const id of ["results", "facets", "counted"]) byId(id).replaceChildren();
+  byId("about").hidden = true;
 }
 
 function idle() {
   latest += 1;
   document.body.removeAttribute("aria-busy");
-  results.replaceChildren();
-  byId("about").hidden = true;
+  clear();
   byId("start").hidden = false;
   say("");
 }
@@ -67,10 +71,10 @@ async function search(remember = true) {
   document.body.setAttribute("aria-busy", "true");
   byId("start").hidden = true;
   say("Searching…");
-  const forced = byId("variant").value;
+  const wanted = asked(), forced = byId("variant").value;
   try {
-    const answer = await post("/v1/search", asked(), forced ? { "X-OneSearch-Variant": forced } : {});
-    if (mine === latest) show(answer);
+    const answer = await post("/v1/search", wanted, forced ? { "X-OneSearch-Variant": forced } : {});
+    if (mine === latest) show(answer, movement(wanted, answer.items));
   } catch (error) {
     if (mine === latest) fail(error);
   } finally {
@@ -81,20 +85,24 @@ async function search(remember = true) {
 const WITHOUT = {
   unknown_user: "this user is new, so nothing is personalised yet",
   state_unavailable: "user history is away, so nothing is personalised",
+  narrow_beam: "the service is busy, so fewer candidates were looked at",
+  inference_fallback: "the model server is away, so this process answered",
 };
 
-function show(answer) {
+function show(answer, moves) {
   const count = answer.items.length;
   const found = count === 0 ? "Nothing found. Try fewer filters or other words." : `${count} ${count === 1 ? "result" : "results"}`;
   const notes = answer.degraded.map((reason) => WITHOUT[reason] ?? reason);
-  say([count ? `${found} in ${Math.round(answer.timings_ms.total)} ms` : found, ...notes].join(" · "));
-  results.replaceChildren(...answer.items.map((item) => card(item, answer)));
+  const told = count ? `${found} in ${Math.round(answer.timings_ms.total)} ms` : found;
+  say([told, `variant ${answer.variant}`, ...notes, ...summary(moves)].join(" · "));
+  results.replaceChildren(...answer.items.map((item) => card(item, answer, moves)));
+  for (const [at, node] of [...results.children].entries()) watch(node, answer.items[at], answer);
+  showFacets(answer.facets, search);
   explain(answer);
 }
 
 function fail(error) {
-  results.replaceChildren();
-  byId("about").hidden = true;
+  clear();
   const problem = error.problem;
   if (!problem) return say("The service cannot be reached. Please try again.", true);
   if (problem.status >= 500) return say(`Something went wrong. Please try again. (request ${problem.instance})`, true);
@@ -102,12 +110,13 @@ function fail(error) {
   say(faults.join(" · ") || problem.detail, true);
 }
 
-function card(item, answer) {
+function card(item, answer, moves) {
   const node = byId("card").content.cloneNode(true);
   const set = (name, text) => (node.querySelector(name).textContent = text);
   const group = item.category.slice(0, 2).join();
   const share = Math.exp(item.score - answer.items[0].score);
   set(".rank", item.rank);
+  mark(node.querySelector(".moved"), moves?.get(item.item_id) ?? 0);
   set(".tile", (item.brand ?? item.title).trim().charAt(0).toUpperCase());
   set(".title", item.title);
   set(".maker", item.brand ?? "");
@@ -127,50 +136,14 @@ function card(item, answer) {
 
 async function choose(button, item, answer) {
   button.classList.add("chosen");
-  const user = byId("user").value.trim();
-  if (!user) return say("Enter a user id to have clicks remembered.");
-  const event = { type: "click", item_id: item.item_id, user_id: user, request_id: answer.request_id, query: answer.query };
+  if (!user()) return say("Enter a user id to have clicks remembered.");
   try {
-    await post("/v1/events", event);
-    say(`Click on “${item.title}” remembered for ${user}. Search again to see what changes.`);
+    await clicked(item, answer);
+    say(`Click on “${item.title}” remembered for ${user()}.`);
+    again.hidden = false;
   } catch (error) {
     say(`The click was not remembered: ${error.message}`, true);
   }
-}
-
-function explain(answer) {
-  const how = answer.explain;
-  const facts = {
-    Variant: answer.variant,
-    Model: `${answer.model_version} (catalog ${answer.catalog_version})`,
-    "Query SID": how.query_sid.join("·"),
-    Keywords: answer.keywords.join(", ") || "none",
-    "Beams per level": how.beams.join(" → "),
-    "Eligible items": how.eligible.toLocaleString(),
-    "History used": `${how.history.queries} queries, ${how.history.clicks} clicks, ${how.history.long} long-term`,
-    Request: answer.request_id,
-  };
-  const pair = ([name, value]) => [["dt", name], ["dd", value]].map(([tag, text]) => element(tag, text));
-  byId("facts").replaceChildren(...Object.entries(facts).flatMap(pair));
-  const { total, ...stages } = answer.timings_ms;
-  byId("stages").replaceChildren(...Object.entries({ ...stages, total }).map(([name, spent]) => stage(name, spent, total)));
-  byId("about").hidden = false;
-}
-
-function stage(name, spent, total) {
-  const row = element("div"), track = element("span"), fill = element("span");
-  track.className = "track";
-  fill.className = "fill";
-  fill.style.setProperty("--share", total ? Math.min(1, spent / total) : 0);
-  track.append(fill);
-  row.append(element("span", name), track, element("span", `${spent.toFixed(2)} ms`));
-  return row;
-}
-
-function element(tag, text = "") {
-  const node = document.createElement(tag);
-  node.textContent = text;
-  return node;
 }
 
 function onKey(event) {
@@ -213,7 +186,8 @@ form.addEventListener("submit", (event) => {
   event.preventDefault();
   search();
 });
-for (const id of [...Object.keys(FIELDS), "in-stock"]) byId(id).addEventListener("change", () => query.value.trim() && search());
+again.addEventListener("click", () => search());
+for (const id of [...Object.keys(FIELDS), "in-stock", "user"]) byId(id).addEventListener("change", () => query.value.trim() && search());
 query.addEventListener("search", () => query.value || idle());
 byId("about").addEventListener("toggle", () => {
   for (const sid of results.querySelectorAll(".sid")) sid.hidden = !byId("about").open;
@@ -221,4 +195,5 @@ byId("about").addEventListener("toggle", () => {
 document.addEventListener("keydown", onKey);
 window.addEventListener("popstate", fromAddress);
 if (matchMedia("(max-width: 760px)").matches) byId("panel").open = false;
+greet();
 fill().catch(fail).finally(fromAddress);
