@@ -54,12 +54,8 @@ class BeamSearch {
 
   // Logits are [rows, row_size]. Throws std::invalid_argument naming a value that is not finite.
   void advance(const float* logits) {
-    row_max_.resize(rows());
-    for (std::uint32_t r = 0; r < rows(); ++r) {
-      row_max_[r] = kernels_.max_finite(logits + r * row_size(), row_size());
-      if (std::isnan(row_max_[r])) throw_not_finite(logits + r * row_size(), r);
-    }
-    for (const std::uint32_t row : best_first()) scan(row, logits);
+    measure(logits);
+    for (const std::uint32_t r : best_first()) scan(asked_[r], logits + r * row_size(), bounds_[r]);
     if (ask_more()) return;
     follow(logits);
     begin_level();
@@ -80,7 +76,6 @@ class BeamSearch {
 
  private:
   static constexpr std::size_t kFew = 8;          // values not worth a call of a vector kernel
-  static constexpr double kLimitMargin = 1.00001;  // more than the rounding of the limit and of the sums
 
   struct Beam {
     std::array<Code, kMaxLevels> codes;
@@ -89,19 +84,21 @@ class BeamSearch {
     std::uint32_t parent;  // row of the parent in its level
     bool settled;          // the score cannot change any more: no row
   };
-  // A candidate's score is `base + (logit - max)`.
+  // A candidate's score is `base + (logit - shift)`.
   struct Softmax {
     double base;
-    float max;
+    float shift;
   };
 
   bool last() const { return level_ + 1 == levels(); }
 
-  [[noreturn]] void throw_not_finite(const float* logits, std::size_t row) const {
-    std::size_t code = 0;
-    while (std::isfinite(logits[code])) ++code;
-    throw std::invalid_argument("logits[" + std::to_string(row) + ", " + std::to_string(code) + "] is " +
-                                std::to_string(logits[code]) + ", expected a finite number");
+  // The level starts anew, so that nothing of these logits stays.
+  [[noreturn]] void refuse(const float* logits) {
+    std::size_t at = 0;
+    while (std::isfinite(logits[at])) ++at;
+    const std::string where = std::to_string(at / row_size()) + ", " + std::to_string(at % row_size());
+    begin_level();
+    throw std::invalid_argument("logits[" + where + "] is " + std::to_string(logits[at]) + ", expected a finite number");
   }
 
   // Children of the beams, candidates of the settled ones, and the first rows to ask.
@@ -166,53 +163,75 @@ class BeamSearch {
     return child.base == kNone ? children_[b].alone[0].position : children_[b].place(child.base - children_[b].begin);
   }
 
-  // All rows, those of the best eighth of the beams first: they raise the floor that spares the others most of the
-  // work. Both parts are in memory order, which the processor fetches ahead.
-  const std::vector<std::uint32_t>& best_first() {
+  // Softmax of every row and the most that a candidate of it can score. The sums of all rows come first, because a
+  // logarithm at the end of each would make the next one wait.
+  void measure(const float* logits) {
+    sums_.resize(rows());
+    bounds_.resize(rows());
+    for (std::uint32_t r = 0; r < rows(); ++r) {
+      const float* const row = logits + r * row_size();
+      if (options_.legal)  // scan() adds up the legal children
+        sums_[r].sum = double{kernels_.max_finite(row, row_size())};
+      else
+        sums_[r] = kernels_.exp_sum(row, row_size());
+    }
+    for (std::uint32_t r = 0; r < rows(); ++r) {
+      const auto [max, shift, sum] = sums_[r];
+      const std::uint32_t b = asked_[r];
+      if (std::isnan(sum)) refuse(logits);
+      if (!options_.legal) softmax_[b] = {beams_[b].score - std::log(sum), shift};
+      bounds_[r] = options_.legal ? beams_[b].score : score(b, max);
+    }
+  }
+
+  // All rows, the most promising eighth first: they raise the floor that spares the others most of the work. Both
+  // parts are in memory order, which the processor fetches ahead.
+  std::span<const std::uint32_t> best_first() {
     order_.clear();
     if (asked_.empty()) return order_;
-    scores_.clear();
-    for (const std::uint32_t b : asked_) scores_.push_back(beams_[b].score);
-    const auto bar = scores_.begin() + static_cast<std::ptrdiff_t>(scores_.size() / 8);
-    std::nth_element(scores_.begin(), bar, scores_.end(), std::greater<>());
+    sorted_ = bounds_;
+    const auto bar = sorted_.begin() + static_cast<std::ptrdiff_t>(sorted_.size() / 8);
+    std::nth_element(sorted_.begin(), bar, sorted_.end(), std::greater<>());
     for (const bool good : {true, false})
       for (std::uint32_t r = 0; r < asked_.size(); ++r)
-        if ((beams_[asked_[r]].score > *bar) == good) order_.push_back(r);
+        if ((bounds_[r] > *bar) == good) order_.push_back(r);
     return order_;
   }
 
-  void scan(std::uint32_t r, const float* logits) {
-    const std::uint32_t b = asked_[r];
-    const float* row = logits + r * row_size();
-    const float row_max = row_max_[r];
-    if (beams_[b].score < best_.lowest_score()) return;
-    const float best = collect(children_[b], row);
-    const float max = options_.legal ? best : row_max;
-    // How large the logarithm of the sum may be; it is never negative.
-    const double slack = beams_[b].score + (static_cast<double>(best) - static_cast<double>(max)) - best_.lowest_score();
-    if (slack < 0) return;
-    const double limit = static_cast<double>(std::exp(static_cast<float>(slack))) * kLimitMargin;
-    const double sum = options_.legal ? kernels_.sum_exp(values_.data(), values_.size(), max, limit)
-                                      : kernels_.sum_exp(row, row_size(), max, limit);
-    if (sum > limit) return;
-    softmax_[b] = {beams_[b].score - std::log(sum), max};
+  void scan(std::uint32_t b, const float* row, double bound) {
+    if (bound < best_.lowest_score()) return;
+    collect(children_[b], row);
+    if (options_.legal) {
+      const float max = largest();
+      softmax_[b] = {beams_[b].score - std::log(kernels_.sum_exp(values_.data(), values_.size(), max)), max};
+    }
+    if (values_.size() > 2 * best_.capacity()) best_.raise(score(b, high_value()));
     const bool numbered = renumber(children_[b]);
     for (const std::uint32_t hit : hits(b))
       best_.push(make_key(score(b, values_[hit]), first_place_[b] + (numbered ? places_[hit] : hit)));
+  }
+
+  // A value that at least as many others reach as there are places among the best, and not many more.
+  float high_value() const {
+    const auto good = [&](float bar) { return kernels_.count(values_.data(), values_.size(), bar) >= best_.capacity(); };
+    float above = largest(), step = 1.0f;
+    while (!good(above - step)) step *= 2.0f;
+    for (int halvings = 0; halvings < 6; ++halvings) {
+      step /= 2.0f;
+      if (!good(above - step)) above -= step;
+    }
+    return above - step;
   }
 
   // Whether the legal children are others than the base's, so that values_ is numbered by places_.
   bool renumber(const Children& children) const { return layers_.base().mask || !children.alone.empty(); }
 
   // Logits of a prefix's legal children, in code order, to values_ and, where renumber says so, their places to
-  // places_. Returns the largest.
-  float collect(const Children& children, const float* row) {
+  // places_.
+  void collect(const Children& children, const float* row) {
     const Code* codes = layers_.level(level_).codes + children.begin;
     values_.resize(children.places());
-    if (!renumber(children)) {
-      for (std::uint32_t i = 0; i < children.size; ++i) values_[i] = row[codes[i]];
-      return largest();
-    }
+    if (!renumber(children)) return gather(row, codes, children.size, values_.data());
     places_.resize(children.places());
     std::uint32_t count = 0, k = 0;
     const auto add_alone_before = [&](std::uint32_t place) {
@@ -229,7 +248,11 @@ class BeamSearch {
     }
     add_alone_before(children.size + k);
     values_.resize(count);
-    return largest();
+  }
+
+  static void gather(const float* row, const Code* codes, std::uint32_t n, float* out) {
+#pragma GCC unroll 8
+    for (std::uint32_t i = 0; i < n; ++i) out[i] = row[codes[i]];
   }
 
   // The largest of values_; most nodes of the lower levels have a child or two.
@@ -241,15 +264,15 @@ class BeamSearch {
   // Positions in values_ that may still reach the floor. Rounding the bar down by one float keeps the filter safe:
   // that step is far wider than the rounding of the double arithmetic behind it.
   std::span<const std::uint32_t> hits(std::uint32_t b) {
-    const double lowest = best_.lowest_score() - softmax_[b].base + static_cast<double>(softmax_[b].max);
+    const double lowest = best_.lowest_score() - softmax_[b].base + double{softmax_[b].shift};
     const float bar = std::nextafter(static_cast<float>(lowest), -std::numeric_limits<float>::infinity());
     hits_.resize(std::max(hits_.size(), values_.size()));
-    if (values_.size() <= kFew) return {hits_.data(), portable::at_least(values_.data(), values_.size(), bar, hits_.data())};
-    return {hits_.data(), kernels_.at_least(values_.data(), values_.size(), bar, hits_.data())};
+    const auto at_least = values_.size() > kFew ? kernels_.at_least : portable::at_least;
+    return {hits_.data(), at_least(values_.data(), values_.size(), bar, hits_.data())};
   }
 
   double score(std::uint32_t b, float logit) const {
-    return softmax_[b].base + (static_cast<double>(logit) - static_cast<double>(softmax_[b].max));
+    return softmax_[b].base + (static_cast<double>(logit) - static_cast<double>(softmax_[b].shift));
   }
 
   // Make the chosen candidates the new beams. Beams and places are both in code order, so parents are found by a
@@ -257,6 +280,7 @@ class BeamSearch {
   void follow(const float* logits) {
     const std::vector<Key>& keys = best_.finish();
     next_beams_.clear();
+    next_beams_.reserve(keys.size());
     std::uint32_t b = 0, row = 0;
     for (const Key key : keys) {
       for (; place_of(key) >= first_place_[b + 1]; ++b) row += !beams_[b].settled;
@@ -294,12 +318,13 @@ class BeamSearch {
     std::size_t alone, shared;  // where its children begin
   };
   std::vector<Contribution> added_;
-  std::vector<Softmax> softmax_;
-  std::vector<double> scores_;
+  std::vector<Softmax> softmax_;            // of each beam
+  std::vector<ExpSum> sums_;                // of each row
+  std::vector<double> bounds_, sorted_;     // the most that a candidate of each row can score
   BestKeys best_;
   // Of one row.
   std::vector<std::uint32_t> order_, hits_, places_;
-  std::vector<float> values_, row_max_;
+  std::vector<float> values_;
 };
 
 }  // namespace sid

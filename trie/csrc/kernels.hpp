@@ -13,11 +13,22 @@
 
 namespace sid {
 
+// max: the largest of some values; sum: Σ exp(value - shift).
+struct ExpSum {
+  float max, shift;
+  double sum;
+};
+
 struct Kernels {
   // Largest of x[0 … n), or NaN when any of them is not finite. n > 0.
   float (*max_finite)(const float* x, std::size_t n);
-  // Σ exp(x[i] - max), each term a float within 2 ulp; a partial sum as soon as that is more than `limit`.
-  double (*sum_exp)(const float* x, std::size_t n, float max, double limit);
+  // Σ exp(x[i] - max), each term a float within 2 ulp.
+  double (*sum_exp)(const float* x, std::size_t n, float max);
+  // All of it for x[0 … n), with a shift that keeps the sum within the range of a double; the sum is NaN when any of
+  // them is not finite. n > 0.
+  ExpSum (*exp_sum)(const float* x, std::size_t n);
+  // How many x[i] >= bar.
+  std::size_t (*count)(const float* x, std::size_t n, float bar);
   // Positions with x[i] >= bar, ascending, written to out (room for n); returns how many.
   std::size_t (*at_least)(const float* x, std::size_t n, float bar, std::uint32_t* out);
   // Bit k of out: whether any bit of the k-th segment of `bits` is set. Segments end where `ends` has a bit. Both have
@@ -48,7 +59,12 @@ template <class Pack>
   if (filled > 0) *out = row;
 }
 
-constexpr std::size_t kSumBlock = 256;  // terms added between two looks at the limit
+// `exp_sum` in two passes.
+template <class Max, class Sum>
+inline ExpSum exp_sum_with(Max max_finite, Sum sum_exp, const float* x, std::size_t n) {
+  const float max = max_finite(x, n);
+  return {max, max, std::isnan(max) ? double{max} : sum_exp(x, n, max)};
+}
 
 // exp(x) for x <= 0: x = k ln2 + r with |r| <= ln2 / 2, then a degree-6 polynomial (Cephes coefficients).
 namespace expf_constants {
@@ -85,18 +101,19 @@ inline float exp_term(float x) {
   return std::bit_cast<float>(std::bit_cast<std::uint32_t>(p) + (std::bit_cast<std::uint32_t>(shifted) << 23));
 }
 
-inline double sum_exp(const float* x, std::size_t n, float max, double limit) {
-  double total = 0.0;
-  for (std::size_t begin = 0; begin < n && total <= limit; begin += kSumBlock) {
-    std::array<double, 8> sum{};
-    std::size_t i = begin;
-    const std::size_t end = std::min(begin + kSumBlock, n);
-    for (; i + sum.size() <= end; i += sum.size())
-      for (std::size_t lane = 0; lane < sum.size(); ++lane) sum[lane] += static_cast<double>(exp_term(x[i + lane] - max));
-    for (; i < end; ++i) sum[0] += static_cast<double>(exp_term(x[i] - max));
-    total += ((sum[0] + sum[4]) + (sum[2] + sum[6])) + ((sum[1] + sum[5]) + (sum[3] + sum[7]));
-  }
-  return total;
+inline double sum_exp(const float* x, std::size_t n, float max) {
+  std::array<double, 8> sum{};
+  std::size_t i = 0;
+  for (; i + sum.size() <= n; i += sum.size())
+    for (std::size_t lane = 0; lane < sum.size(); ++lane) sum[lane] += static_cast<double>(exp_term(x[i + lane] - max));
+  for (; i < n; ++i) sum[0] += static_cast<double>(exp_term(x[i] - max));
+  return ((sum[0] + sum[4]) + (sum[2] + sum[6])) + ((sum[1] + sum[5]) + (sum[3] + sum[7]));
+}
+
+inline std::size_t count(const float* x, std::size_t n, float bar) {
+  std::size_t found = 0;
+  for (std::size_t i = 0; i < n; ++i) found += x[i] >= bar;
+  return found;
 }
 
 inline std::size_t at_least(const float* x, std::size_t n, float bar, std::uint32_t* out) {
@@ -117,7 +134,9 @@ inline void lift(const std::uint64_t* bits, const std::uint64_t* ends, std::size
   lift_with(pack, bits, ends, words, out);
 }
 
-constexpr Kernels kernels{max_finite, sum_exp, at_least, lift};
+inline ExpSum exp_sum(const float* x, std::size_t n) { return exp_sum_with(max_finite, sum_exp, x, n); }
+
+constexpr Kernels kernels{max_finite, sum_exp, exp_sum, count, at_least, lift};
 
 }  // namespace portable
 

@@ -75,7 +75,7 @@ SID_AVX2 inline void add_terms(const float* x, __m256 max, __m256d& low, __m256d
   }
 }
 
-SID_AVX2 inline double sum_block(const float* x, std::size_t n, float max) {
+SID_AVX2 inline double sum_exp(const float* x, std::size_t n, float max) {
   const __m256 shift = _mm256_set1_ps(max);
   __m256d low = _mm256_setzero_pd(), high = _mm256_setzero_pd();
   std::size_t i = 0;
@@ -92,12 +92,7 @@ SID_AVX2 inline double sum_block(const float* x, std::size_t n, float max) {
   return (sum[0] + sum[2]) + (sum[1] + sum[3]);
 }
 
-inline double sum_exp(const float* x, std::size_t n, float max, double limit) {
-  double total = 0.0;
-  for (std::size_t i = 0; i < n && total <= limit; i += kSumBlock)
-    total += sum_block(x + i, std::min(kSumBlock, n - i), max);
-  return total;
-}
+inline ExpSum exp_sum(const float* x, std::size_t n) { return exp_sum_with(max_finite, sum_exp, x, n); }
 
 SID_AVX2 inline std::size_t at_least(const float* x, std::size_t n, float bar, std::uint32_t* out) {
   const __m256 limit = _mm256_set1_ps(bar);
@@ -127,7 +122,7 @@ inline bool supported() {
 
 #undef SID_AVX2
 
-constexpr Kernels kernels{max_finite, sum_exp, at_least, lift};
+constexpr Kernels kernels{max_finite, sum_exp, exp_sum, portable::count, at_least, lift};
 
 }  // namespace avx2
 
@@ -163,28 +158,29 @@ SID_AVX512 inline float max_finite(const float* x, std::size_t n) {
   return _mm512_reduce_max_ps(max[0]);
 }
 
-// exp(x - max) of W vectors in lockstep. In base 2: x log2(e) = k + f with |f| <= 1/2, 2^f by a degree-5 polynomial
-// (minimax with a constant term of exactly 1, relative error 1e-7). log2(e) as a float adds |x| 2e-8: nothing for the
-// terms that count in a sum.
-template <int W>
-SID_AVX512 inline void exp_terms(const __m512 (&x)[W], __m512 max, __m512 (&out)[W]) {
+alignas(64) inline const std::array<float, 32> kPowers = [] {  // 2^(i / 32)
+  std::array<float, 32> powers{};
+  for (std::size_t i = 0; i < powers.size(); ++i) powers[i] = static_cast<float>(std::exp2(static_cast<double>(i) / 32));
+  return powers;
+}();
+
+// Adds exp(x - shift) of W vectors. In base 2: x log2(e) = n / 32 + f with |f| <= 1/64; 2^(n / 32) from a table and
+// the exponent, 2^f by a quadratic (minimax with a constant term of exactly 1, relative error 5e-8). log2(e) as a
+// float adds |x| 2e-8: nothing for the terms that count in a sum. A term of what is not finite, or
+// below -1e19, is NaN.
+template <std::size_t W>
+SID_AVX512 inline void add_terms(const __m512 (&x)[W], __m512 shift, __m512 (&sum)[W]) {
   using namespace expf_constants;
-  constexpr float kPoly2[] = {0x1.5bba14p-10f, 0x1.3cea88p-7f, 0x1.c6b752p-5f, 0x1.ebf9bcp-3f, 0x1.62e42ap-1f, 1.0f};
-  const __m512 round = _mm512_set1_ps(kRound), scale = _mm512_set1_ps(kLog2e);
-  __m512 f[W], shifted[W];
-  for (int j = 0; j < W; ++j) {
-    f[j] = _mm512_max_ps(_mm512_sub_ps(x[j], max), _mm512_set1_ps(kFloor));
-    shifted[j] = _mm512_fmadd_ps(f[j], scale, round);
-  }
-  for (int j = 0; j < W; ++j) {
-    f[j] = _mm512_fmsub_ps(f[j], scale, _mm512_sub_ps(shifted[j], round));
-    out[j] = _mm512_set1_ps(kPoly2[0]);
-  }
-  for (int c = 1; c < 6; ++c)
-    for (int j = 0; j < W; ++j) out[j] = _mm512_fmadd_ps(out[j], f[j], _mm512_set1_ps(kPoly2[c]));
-  for (int j = 0; j < W; ++j) {
-    const __m512i exponent = _mm512_slli_epi32(_mm512_castps_si512(shifted[j]), 23);
-    out[j] = _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(out[j]), exponent));
+  const __m512 round = _mm512_set1_ps(kRound / 32), scale = _mm512_set1_ps(kLog2e), one = _mm512_set1_ps(1.0f);
+  const __m512 linear = _mm512_set1_ps(0.693157331f), square = _mm512_set1_ps(0.240226507f);
+  const __m512 low = _mm512_load_ps(kPowers.data()), high = _mm512_load_ps(kPowers.data() + 16);
+  for (std::size_t j = 0; j < W; ++j) {
+    const __m512 d = _mm512_sub_ps(x[j], shift);
+    const __m512 shifted = _mm512_fmadd_ps(d, scale, round), rounded = _mm512_sub_ps(shifted, round);
+    const __m512 f = _mm512_fmsub_ps(d, scale, rounded);
+    const __m512 p = _mm512_fmadd_ps(_mm512_fmadd_ps(f, square, linear), f, one);
+    const __m512 power = _mm512_permutex2var_ps(low, _mm512_castps_si512(shifted), high);
+    sum[j] = _mm512_fmadd_ps(p, _mm512_scalef_ps(power, rounded), sum[j]);
   }
 }
 
@@ -192,31 +188,58 @@ SID_AVX512 inline __m512d widened(__m512 v) {  // pairs of lanes, added in doubl
   return _mm512_add_pd(_mm512_cvtps_pd(_mm512_castps512_ps256(v)), _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1)));
 }
 
-// Eight terms are added as floats before they join the sum in double: three roundings, 2e-7 at worst.
-SID_AVX512 inline double sum_exp(const float* x, std::size_t n, float max, double limit) {
-  const __m512 shift = _mm512_set1_ps(max);
-  double total = 0.0;
+// One pass. Eight terms are added as floats before they join the sum in double: three or four roundings, 2e-7 at worst.
+SID_AVX512 inline ExpSum one_pass(const float* x, std::size_t n, float shift_by) {
+  const __m512 shift = _mm512_set1_ps(shift_by), zero = _mm512_setzero_ps();
+  __m512 max[4] = {shift, shift, shift, shift};
+  __m512d sum = _mm512_setzero_pd();
   std::size_t i = 0;
-  while (i + 128 <= n && total <= limit) {
-    __m512d sum = _mm512_setzero_pd();
-    for (const std::size_t end = std::min(i + kSumBlock, n); i + 128 <= end; i += 128) {
-      __m512 v[4], low[4], high[4];
-      for (int j = 0; j < 4; ++j) v[j] = _mm512_loadu_ps(x + i + static_cast<std::size_t>(16 * j));
-      exp_terms<4>(v, shift, low);
-      for (int j = 0; j < 4; ++j) v[j] = _mm512_loadu_ps(x + i + static_cast<std::size_t>(64 + 16 * j));
-      exp_terms<4>(v, shift, high);
-      for (int j = 0; j < 4; ++j) low[j] = _mm512_add_ps(low[j], high[j]);
-      sum = _mm512_add_pd(sum, widened(_mm512_add_ps(_mm512_add_ps(low[0], low[1]), _mm512_add_ps(low[2], low[3]))));
+  for (; i + 128 <= n; i += 128) {
+    __m512 v[4], e[4] = {zero, zero, zero, zero};
+    for (std::size_t half = 0; half < 128; half += 64) {
+      for (std::size_t j = 0; j < 4; ++j) {
+        v[j] = _mm512_loadu_ps(x + i + half + 16 * j);
+        max[j] = _mm512_max_ps(max[j], v[j]);
+      }
+      add_terms<4>(v, shift, e);
     }
-    total += _mm512_reduce_add_pd(sum);
+    sum = _mm512_add_pd(sum, widened(_mm512_add_ps(_mm512_add_ps(e[0], e[1]), _mm512_add_ps(e[2], e[3]))));
   }
-  for (; i < n && total <= limit; i += 16) {
-    __m512 v[1] = {_mm512_mask_loadu_ps(_mm512_set1_ps(-std::numeric_limits<float>::infinity()), lanes(n - i), x + i)};
-    __m512 e[1];
-    exp_terms<1>(v, shift, e);
-    total += _mm512_reduce_add_pd(widened(e[0]));
+  for (; i < n; i += 16) {
+    const __mmask16 here = lanes(n - i);
+    const __m512 v[1] = {_mm512_maskz_loadu_ps(here, x + i)};
+    __m512 e[1] = {zero};
+    max[0] = _mm512_mask_max_ps(max[0], here, max[0], v[0]);
+    add_terms<1>(v, shift, e);
+    sum = _mm512_add_pd(sum, widened(_mm512_maskz_mov_ps(here, e[0])));
   }
-  return total;
+  max[0] = _mm512_max_ps(_mm512_max_ps(max[0], max[1]), _mm512_max_ps(max[2], max[3]));
+  return {_mm512_reduce_max_ps(max[0]), shift_by, _mm512_reduce_add_pd(sum)};
+}
+
+// What is beyond the range of add_terms is left to the kernel that clamps it.
+SID_AVX512 inline double sum_exp(const float* x, std::size_t n, float max) {
+  const double sum = one_pass(x, n, max).sum;
+  return std::isnan(sum) ? avx2::sum_exp(x, n, max) : sum;
+}
+
+// The shift is a guess. A far larger maximum would cost precision: then there is a second pass.
+SID_AVX512 inline ExpSum exp_sum(const float* x, std::size_t n) {
+  constexpr float kFar = 16.0f;
+  ExpSum exp = one_pass(x, n, std::max(std::max(x[0], x[n / 2]), x[n - 1]));
+  if (exp.max - exp.shift > kFar) exp = one_pass(x, n, exp.max);
+  return std::isfinite(exp.sum) ? exp : exp_sum_with(max_finite, avx2::sum_exp, x, n);
+}
+
+SID_AVX512 inline std::size_t count(const float* x, std::size_t n, float bar) {
+  const __m512 limit = _mm512_set1_ps(bar);
+  std::size_t found = 0;
+  for (std::size_t i = 0; i < n; i += 16) {
+    const __mmask16 here = lanes(n - i);
+    found += static_cast<std::size_t>(
+        std::popcount<std::uint32_t>(_mm512_mask_cmp_ps_mask(here, _mm512_maskz_loadu_ps(here, x + i), limit, _CMP_GE_OQ)));
+  }
+  return found;
 }
 
 SID_AVX512 inline std::size_t at_least(const float* x, std::size_t n, float bar, std::uint32_t* out) {
@@ -237,7 +260,7 @@ inline bool supported() {
 
 #undef SID_AVX512
 
-constexpr Kernels kernels{max_finite, sum_exp, at_least, avx2::lift};
+constexpr Kernels kernels{max_finite, sum_exp, exp_sum, count, at_least, avx2::lift};
 
 }  // namespace avx512
 

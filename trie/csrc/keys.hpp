@@ -46,6 +46,11 @@ class BestKeys {
     keys_.push_back(key);
     if (keys_.size() >= kSlack * capacity_) cut();
   }
+  std::size_t capacity() const { return capacity_; }
+  // Promises that as many candidates as there are places score at least this.
+  void raise(double score) {
+    lowest_ = std::max<double>(lowest_, std::nextafter(static_cast<float>(score), -std::numeric_limits<float>::infinity()));
+  }
   // Lowest double whose float rounding can still reach the floor.
   double lowest_score() const { return lowest_; }
   // True when no candidate that scores at most `score` can be among the best any more.
@@ -71,7 +76,7 @@ class BestKeys {
 
   void cut() {
     floor_ = capacity_th();
-    lowest_ = std::nextafter(score_of(floor_), -std::numeric_limits<float>::infinity());
+    raise(score_of(floor_));
     std::size_t kept = 0;
     for (const Key key : keys_) {  // without a branch that nobody can predict
       keys_[kept] = key;
