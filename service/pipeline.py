@@ -127,7 +127,7 @@ class Pipeline:
             "timings_ms": spent,
         }
         if request.facets:
-            body["facets"] = found.facets
+            body["facets"] = orjson.Fragment(found.facets)
         if request.explain:
             told = {"keyword_source": recalled.source, "experiments": arms}
             options = replace(options, keywords=variant.options.keywords)
@@ -247,7 +247,7 @@ def _found(result: SearchResult, model_version: str) -> Found:
         keywords=result.keywords,
         beams=result.beams,
         eligible=result.eligible,
-        facets=result.facets,
+        facets=orjson.dumps(result.facets) if result.facets else b"",
         degraded=result.degraded,
         model_version=result.model_version or model_version,
         catalog_version=catalog.version,

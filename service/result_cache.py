@@ -13,21 +13,21 @@ import numpy as np
 import numpy.typing as npt
 
 from onesearch.context import SearchContext
-from onesearch.facets import Facets
 from onesearch.search import SearchOptions
 from onesearch.sid import Codes
 from service.deployment import Variant
 
 FRESH_SECONDS = 30.0
 MAX_BYTES = 64 * 1024 * 1024
-ENTRY_BYTES = 8 * 1024  # the most that facets, keywords and bookkeeping of an entry take
+ENTRY_BYTES = 2 * 1024  # about what the keywords, the versions and the bookkeeping of an entry take
 
 
 @dataclass(frozen=True)
 class Found:
     """What a search found: the part of its answer that is the same for every request that asks the same.
 
-    items: the JSON of all items; ids: theirs, int64 [n]. The rest is as in `SearchResult`.
+    items: the JSON of all items; ids: theirs, int64 [n]; facets: JSON, empty where they were not asked for. The rest
+    is as in `SearchResult`.
     """
 
     items: bytes
@@ -36,7 +36,7 @@ class Found:
     keywords: tuple[str, ...]
     beams: tuple[int, ...]
     eligible: int
-    facets: Facets | None
+    facets: bytes
     degraded: tuple[str, ...]
     model_version: str
     catalog_version: str
@@ -83,4 +83,4 @@ class ResultCache:
 
 
 def _size(found: Found) -> int:
-    return len(found.items) + found.ids.nbytes + ENTRY_BYTES
+    return len(found.items) + len(found.facets) + found.ids.nbytes + ENTRY_BYTES

@@ -301,14 +301,11 @@ def test_a_shopper_searches_narrows_down_compares_variants_and_changes_the_ranki
         after = results(page).locator(".title").all_inner_texts()
         for place, row in enumerate(results(page).all()):
             was = titles.index(after[place]) if after[place] in titles else None
-            moved = (
-                "new"
-                if was is None
-                else ""
-                if was == place
-                else f"{'▲' if was > place else '▼'} {abs(was - place)}"
-            )
-            assert row.locator(".moved").text_content() == moved
+            if was == place:
+                expect(row.locator(".moved")).to_be_hidden()
+            else:
+                moved = "new" if was is None else f"{'▲' if was > place else '▼'} {abs(was - place)}"
+                expect(row.locator(".moved")).to_have_text(moved)
 
         page.get_by_role("group", name="Brands").get_by_role("button", name="acme").click()
         expect(results(page)).to_have_count(15)

@@ -177,7 +177,7 @@ async def test_every_answer_is_exposed_under_its_own_id(tmp_path: Path) -> None:
 
 def found(size: int) -> Found:
     ids = np.empty(0, dtype=np.int64)
-    return Found(b"x" * size, ids, np.zeros(5, np.uint16), (), (), 0, None, (), "m", "c")
+    return Found(b"x" * size, ids, np.zeros(5, np.uint16), (), (), 0, b"", (), "m", "c")
 
 
 def test_what_was_used_longest_ago_goes_first() -> None:

@@ -10,9 +10,12 @@ export function movement(search, items) {
   return new Map(items.map(({ item_id, rank }) => [item_id, before.has(item_id) ? before.get(item_id) - rank : "new"]));
 }
 
+// An arrow for the eye, words for whoever points at it or listens.
 export function mark(node, places) {
-  node.textContent = places === "new" ? "new" : places > 0 ? `▲ ${places}` : places < 0 ? `▼ ${-places}` : "";
-  node.title = places === "new" ? "not in the previous answer" : `rank in the previous answer: ${places > 0 ? "lower" : "higher"}`;
+  const fresh = places === "new", up = places > 0;
+  node.textContent = fresh ? "new" : `${up ? "▲" : "▼"} ${Math.abs(places)}`;
+  node.title = fresh ? "not in the previous answer" : `${up ? "up" : "down"} ${Math.abs(places)} since the previous answer`;
+  node.setAttribute("aria-label", node.title);
   node.classList.toggle("down", places < 0);
   node.hidden = !places;
 }
