@@ -13,7 +13,7 @@ import numpy.typing as npt
 import orjson
 
 from onesearch.arrays import write_atomically
-from training.metrics import Estimate, Floats, hits, per_view, reciprocal
+from training.metrics import Floats, hits, paired, per_view, reciprocal
 
 TOP = 10
 RESAMPLES = 2_000
@@ -74,28 +74,12 @@ def estimates(
             shared = [s for s in own if s in base]
             if name != reference and shared:
                 gaps = np.stack([own[s] - base[s].values(measure) for s in shared])
-                entry["difference"] = asdict(paired(gaps, seed))
+                entry["difference"] = asdict(paired(gaps, seed, RESAMPLES))
                 entry["relative"] = entry["difference"]["value"] / max(
                     1e-9, float(np.mean([base[s].values(measure).mean() for s in shared]))
                 )
             found[name][measure] = entry
     return found
-
-
-def paired(gaps: Floats, seed: int, resamples: int = RESAMPLES) -> Estimate:
-    """Mean of gaps [S, V] with its 95 % interval; seeds and page views are drawn with replacement.
-
-    With one seed the interval covers page views only.
-    """
-    rng = np.random.default_rng(seed)
-    seeds, views = gaps.shape
-    drawn_seeds = rng.multinomial(seeds, np.full(seeds, 1 / seeds), resamples) / seeds
-    means = np.empty(resamples)
-    for i in range(resamples):
-        weights = np.bincount(rng.integers(views, size=views), minlength=views) / views
-        means[i] = drawn_seeds[i] @ gaps @ weights
-    low, high = np.percentile(means, [2.5, 97.5])
-    return Estimate(float(gaps.mean()), float(low), float(high))
 
 
 def verdict(difference: Mapping[str, float]) -> str:

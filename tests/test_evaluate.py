@@ -1,6 +1,7 @@
 import io
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import orjson
@@ -11,15 +12,20 @@ from rich.console import Console
 from tiny_bundle import tiny_items, write_tiny_bundle
 from typer.testing import CliRunner
 
-from onesearch.catalog import Catalog, Item, write_catalog
+from onesearch.catalog import Catalog, Item, columns_of, write_catalog
 from onesearch.errors import ConfigError, DataError
 from onesearch.search import SearchOptions, SearchResult
+from onesearch.text import normalise
 from training import evaluate
 from training.bootstrap import with_queries
 from training.evaluate import records, show
+from training.grades import measure_relevance, read_grades
 from training.judgements import evaluate_judgements, read_judgements
-from training.logged import evaluate_logs
+from training.logged import best_sellers, evaluate_logs
+from training.marketplace import simulate, write_truth
+from training.marketplace_needs import grade
 from training.negation import read_negations
+from training.package import catalog_items
 from training.sessions import page_views
 from training.subject import Subject
 from training.tables import Tables, frame, write_tables
@@ -159,7 +165,7 @@ def test_logs_report_spread_validity_and_every_count(subject):
     assert report.facts["search_ms"] == {"p50": 3.0, "p95": 3.0}
     assert report.facts["train_count_of_query"] == {"tail": "<= 0", "middle": "> 0, <= 1", "head": "> 1"}
     assert [measured(report, f"{name} queries", "HR@10").count for name in ("head", "middle", "tail")] == [1, 1, 1]
-    assert report.facts["empty_slices"] == []
+    assert report.facts["empty_slices"] == ["cold items", "hot items"]  # no times, no orders in training
 
 
 def test_results_that_show_what_a_query_excludes_are_counted(subject, tmp_path):
@@ -180,6 +186,66 @@ def test_results_that_show_what_a_query_excludes_are_counted(subject, tmp_path):
         "popularity": 0.5,
     }
     assert read_negations(tmp_path / "elsewhere") == {}
+
+
+def test_category_hits_and_calibration_by_hand(subject):
+    report = evaluate_logs(subject, views(*TRAIN, *TEST), "test", None, seed=0)
+    # red: shoes, bag for a shoe; blue shoes: a shoe; bag: bags, for a bag and an item the catalog lacks
+    hit = measured(report, "clicks", "category hit@10")
+    assert hit.systems["model"].value == pytest.approx((1 + 1 + 0.5) / 3)
+    # FakeSearcher scores rows 0, -1, -2 (probabilities 1, e^-1, e^-2); rows 1 and 2 are one SID, which counts once.
+    # red: 10 right (1), 13 wrong; blue shoes: SID of 11 right, 10 wrong (e^-2); bag: 14 wrong, 13 is half of the clicks
+    e1, e2 = np.exp(-1), np.exp(-2)
+    pairs = [(1, 1), (e1, 0), (1, 1), (e2, 0), (1, 0), (e1, 0.5)]
+    error = measured(report, "beam scores", "ECE@10")
+    assert error.count == 6 and error.systems["model"].low is None
+    assert error.systems["model"].value == pytest.approx(np.mean([abs(p - o) for p, o in pairs]))  # a bin each
+
+
+def test_cold_and_hot_items_by_hand(subject):
+    day = 86_400
+    subject.catalog.columns.arrays["published_at"] = np.array([1, 5, 9, 0, 20]) * day  # rows of ROW_IDS
+    train = (session(1, "red", [13, 14], "train", bought=[13, 14]), session(2, "red", [13], "train", bought=[13]))
+    tests = [
+        session(10 * day, "red", [10]),  # 9 days old
+        session(12 * day, "blue shoes", [12, 11]),  # 7 and 3 days old
+        session(13 * day, "bag", [13, 14]),  # no time, and published later
+    ]
+    report = evaluate_logs(subject, views(*train, *tests), "test", None, seed=0)
+    cold = measured(report, "cold items", "HR@10")
+    assert (cold.count, cold.systems["model"].value) == (1, 1.0)
+    # one of two bags is hot (10 % rounded up): 13 sold most; no shoe sold at all
+    hot = measured(report, "hot items", "HR@10")
+    assert (hot.count, hot.systems["model"].value) == (1, 1.0)
+    found = best_sellers(subject.catalog, views(*train))
+    assert [i for i, is_hot in zip(ROW_IDS, found, strict=True) if is_hot] == [13]
+
+
+def test_relevance_is_graded_by_the_relevance_table_where_there_is_no_truth(subject, tmp_path):
+    relevance = pl.DataFrame(
+        {"query": ["Red", "red", "bag", "red"], "score": [3, 1, 0, 2], "item_id": [13, 10, 13, 99]}
+    )
+    grader = read_grades(tmp_path, relevance, subject.catalog)
+    assert grader("red").tolist() == [1, 0, 0, 3, 0]
+    assert grader("elsewhere") is None
+    (row,) = measure_relevance(["red", "bag", "other"], {"model": [np.array([0, 3])] * 3}, grader, "model", 0)
+    assert row.count == 1
+    assert row.systems["model"].value == pytest.approx((1 + 3 / np.log2(3)) / (3 + 1 / np.log2(3)))
+    assert read_grades(tmp_path, None, subject.catalog)("red") is None
+
+
+def test_the_truth_of_a_simulation_grades_as_the_simulation_does(tmp_path):
+    market = simulate(items=2_000, users=50, sessions=500, seed=5)
+    write_truth(market, tmp_path / "truth")
+    items = catalog_items(market.tables.items)
+    catalog = Catalog.of(columns_of(items, np.zeros((len(items), 5), np.uint16), np.zeros(len(items), np.float32)))
+    grader = read_grades(tmp_path, market.tables.relevance, catalog)
+    positions = catalog.item_ids - 1
+    assert {need.kind for need in market.needs} > {"negation", "dupe"}
+    for need in market.needs:
+        visible = replace(need, negated=tuple((axis, v) for axis, v in need.negated if axis != "tier"))
+        found, expected = grader(normalise(need.texts[0])), grade(market.world, visible, positions)
+        assert found.tolist() == expected.tolist()
 
 
 def test_a_slice_without_page_views_is_named_and_not_measured(subject):
@@ -313,7 +379,9 @@ def test_the_command_measures_a_bundle_on_logs(tiny_shop):
     found = {(row["slice"], row["measure"]): row["systems"] for row in measures}
     assert found["clicks", "HR@10"].keys() == {"model", "bm25", "popularity"}
     assert 0 <= found["beams without the trie", "valid SID@10"]["model"]["value"] <= 1
-    assert orjson.loads(out.read_bytes()) == {"run": header, "measures": measures}
+    found_units = orjson.loads(out.read_bytes())["units"]
+    assert len(found_units["session"]) == len(found_units["rank"]) == header["clicked_items"]
+    assert orjson.loads(out.read_bytes()) == {"run": header, "measures": measures, "units": found_units}
     again = [orjson.loads(line) for line in run(*arguments, "--keywords", "--json").stdout.splitlines()]
     assert again[1:] == measures
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from training.metrics import (
     bootstrap,
+    calibration_error,
     compare,
     coverage,
     exposure_gini,
@@ -16,6 +17,7 @@ from training.metrics import (
     hits,
     item_rank,
     leaf_numbers,
+    ndcg,
     optimistic_rank,
     per_view,
     reciprocal,
@@ -182,3 +184,27 @@ def test_coverage_and_gini_of_hand_made_lists():
     assert exposure_gini([rows(0), rows(1), rows(2), rows(3)], num_items=4, k=10) == 0
     assert exposure_gini([rows(2), rows(2)], num_items=4, k=10) == 0.75
     assert exposure_gini([rows()], num_items=4, k=10) == 0
+
+
+def test_ndcg_by_hand_and_as_ir_measures_has_it():
+    grades = np.array([3, 0, 2, 1])
+    ideal = 3 + 2 / math.log2(3) + 1 / 2
+    assert ndcg(np.array([2, 1, 0]), grades, 10) == pytest.approx((2 + 3 / 2) / ideal)
+    assert ndcg(np.array([0, 2, 3, 1]), grades, 10) == pytest.approx(1)
+    assert ndcg(np.array([0]), grades, 1) == 1 and ndcg(np.empty(0, np.int64), grades, 10) == 0
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        grades, ranked = rng.integers(0, 4, 30), rng.permutation(30)[:12]
+        grades[0] = 3
+        ours = graded([dict(enumerate(grades.tolist()))], [ranked])["nDCG@10"][0]
+        assert ndcg(ranked, grades, 10) == pytest.approx(ours)
+
+
+def test_calibration_error_by_hand():
+    probabilities, outcomes = np.array([0.1, 0.2, 0.8, 1.0]), np.array([0.0, 0.0, 1.0, 0.5])
+    assert calibration_error(probabilities, outcomes, bins=2) == pytest.approx(0.15)
+    assert calibration_error(probabilities, outcomes, bins=4) == pytest.approx((0.1 + 0.2 + 0.2 + 0.5) / 4)
+    assert calibration_error(np.array([0.9, 0.1]), np.array([0.0, 1.0]), bins=1) == pytest.approx(0)
+    rng = np.random.default_rng(1)
+    drawn = rng.random(20_000)
+    assert calibration_error(drawn, (rng.random(20_000) < drawn).astype(float)) < 0.02

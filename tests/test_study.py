@@ -7,7 +7,8 @@ import orjson
 import pytest
 
 from benchmarks import study
-from benchmarks.study_report import Outcome, estimates, paired, verdict, write_report
+from benchmarks.study_report import Outcome, estimates, verdict, write_report
+from training.metrics import paired
 
 # Three page views: two clicked items in the first, one in each other; the last is a tail query and was ordered.
 VIEW = np.array([0, 0, 1, 2])

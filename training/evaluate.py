@@ -24,6 +24,7 @@ from onesearch.errors import OneSearchError
 from onesearch.runtime import Decoder, OnnxDecoder
 from onesearch.search import Searcher, SearchOptions
 from training.bootstrap import PER_ITEM, with_queries
+from training.grades import read_grades
 from training.judgements import evaluate_judgements, read_judgements
 from training.logged import evaluate_logs
 from training.metrics import Estimate, Measured
@@ -128,7 +129,7 @@ def _main(
         raise typer.Exit(2) from error
     if out is not None:
         run, *measures = records(report)
-        document = {"run": run, "measures": measures}
+        document = {"run": run, "measures": measures, "units": report.units}
         write_atomically(out, orjson.dumps(document, option=orjson.OPT_INDENT_2))
     if as_json:
         for record in records(report):
@@ -156,12 +157,15 @@ def _evaluate(
         made = recipe.get("data", {})
         per_item = made.get("pseudo_queries", PER_ITEM)
         views = page_views(with_queries(tables, made.get("bootstrap", False), recipe.get("seed", 0), per_item))
-        report = evaluate_logs(subject, views, split, max_requests, seed, read_negations(data))
+        grader = read_grades(data, tables.relevance, bundle.catalog)
+        report = evaluate_logs(subject, views, split, max_requests, seed, read_negations(data), grader)
     else:
         report = evaluate_judgements(subject, rated, max_requests, seed)
     items, live = set(tables.items["item_id"]), set(bundle.catalog.item_ids.tolist())
     facts = {
         "bundle": path.name,
+        "recipe": bundle.manifest.recipe.get("name", ""),
+        "recipe_seed": bundle.manifest.recipe.get("seed", 0),
         "model_version": bundle.manifest.model_version,
         "catalog_version": bundle.manifest.catalog_version,
         "decoder": "torch" if bundle.graphs is None else "onnxruntime",
@@ -173,7 +177,7 @@ def _evaluate(
         "items_only_in_data": len(items - live),
         "items_only_in_bundle": len(live - items),
     }
-    return Report(report.measured, facts | report.facts)
+    return Report(report.measured, facts | report.facts, report.units)
 
 
 if __name__ == "__main__":

@@ -100,9 +100,9 @@ def evaluate_judgements(subject: Subject, judgements: Judgements, max_requests: 
     chosen = sample(range(len(ratings)), max_requests, seed)
     contexts = [SearchContext(judgements.queries[i]) for i in chosen]
     texts = [item_text(body, ("description",)) for body in item_bodies(subject.catalog)]
-    ranked, facts = rank(subject, contexts, {BM25: Bm25(texts)})
-    measured = measure_judged([ratings[i] for i in chosen], ranked, MODEL, seed)
-    facts |= {
+    ranking = rank(subject, contexts, {BM25: Bm25(texts)})
+    measured = measure_judged([ratings[i] for i in chosen], ranking.rows, MODEL, seed)
+    facts = ranking.facts | {
         "rated_queries": len(ratings),
         "rated_queries_asked": len(chosen),
         "ratings": sum(map(len, ratings)),

@@ -4,6 +4,7 @@ Legend: N items, V page views, U units: one clicked item of one page view. A pag
 units, so page views weigh the same however much was clicked (spec §5.2).
 """
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,11 +16,13 @@ import numpy.typing as npt
 from onesearch.catalog import Catalog
 from onesearch.errors import DataError
 from training.baselines import Baseline, Bm25, CategoryPopularity, item_text
+from training.grades import Grader, measure_relevance
 from training.metrics import (
     Estimate,
     Floats,
     Measured,
     Rows,
+    calibration_error,
     compare,
     coverage,
     exposure_gini,
@@ -30,13 +33,26 @@ from training.metrics import (
     per_view,
     reciprocal,
     sid_rank,
+    top_rows,
 )
 from training.negation import Exclusions, measure_violations
 from training.sessions import PageView
-from training.subject import BM25, MODEL, POPULARITY, Report, Subject, item_bodies, measure_validity, rank, sample
+from training.subject import (
+    BM25,
+    MODEL,
+    POPULARITY,
+    Ranking,
+    Report,
+    Subject,
+    item_bodies,
+    measure_validity,
+    rank,
+    sample,
+)
 
 _DETAILED = ("clicks", "orders")  # slices with all cutoffs and collision rules; the others show HR@10 and MRR@10
-_TOP = 10  # list length of coverage and Gini
+_TOP = 10  # list length of coverage, Gini, category hits and calibration
+COLD_DAYS, HOT_SHARE = 7, 0.1
 
 Ranks = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
@@ -58,10 +74,12 @@ def evaluate_logs(
     max_requests: int | None,
     seed: int,
     negations: Mapping[str, Exclusions] | None = None,
+    grader: Grader | None = None,
 ) -> Report:
     """HR, MRR and valid-SID rate on the page views of a split that clicked something, with baselines.
 
-    negations: what queries exclude, where the truth of a simulation tells (`training.negation`).
+    negations: what queries exclude, where the truth of a simulation tells (`training.negation`). grader: relevance
+    labels (`training.grades`).
     Raises DataError when there is no such page view. A clicked item that the catalog lacks counts as not found.
     """
     inside = [view for view in views if view.split == split]
@@ -72,17 +90,22 @@ def evaluate_logs(
     asked = sample(clicking, max_requests, seed)
     train = [view for view in views if view.split == "train"]
     contexts = [view.context for view in asked]
-    ranked, facts = rank(subject, contexts, log_baselines(subject.catalog, train))
+    ranking = rank(subject, contexts, log_baselines(subject.catalog, train))
+    ranked = ranking.rows
     units = clicked_units(asked, subject.catalog.row_of)
     ranks = _ranks(units, ranked, subject.catalog)
     slices, cuts = _slices(asked, units, train, subject.catalog)
     measured: list[Measured] = []
     for name, keep in slices.items():
         measured += compare(name, _values(ranks, units, keep, name in _DETAILED), MODEL, seed)
+    measured += _category_hits(units, ranked, subject.catalog, slices["clicks"], seed)
     queries = [context.query for context in contexts]
+    if grader is not None:
+        measured += measure_relevance(queries, ranked, grader, MODEL, seed)
     measured += measure_violations(queries, ranked, subject.catalog, negations or {}, MODEL, seed)
     measured += _spread(ranked, subject.catalog.num_items) + measure_validity(subject, contexts, seed)
-    facts |= {
+    measured.append(_calibration(ranking, units, subject.catalog))
+    facts = ranking.facts | {
         "split": split,
         "sources": dict(Counter(view.source for view in asked)),
         "page_views": len(inside),
@@ -93,7 +116,13 @@ def evaluate_logs(
         "train_count_of_query": cuts,
         "empty_slices": [name for name, keep in slices.items() if not keep.any()],
     }
-    return Report(measured, facts)
+    kept = {name: np.flatnonzero(keep).tolist() for name, keep in slices.items()}
+    shown = {
+        "session": [asked[v].session_id for v in units.view],
+        "rank": ranks[""][MODEL].tolist(),
+        "slices": kept,
+    }
+    return Report(measured, facts, shown)
 
 
 def log_baselines(catalog: Catalog, train: Sequence[PageView]) -> dict[str, Baseline]:
@@ -121,13 +150,71 @@ def clicked_units(asked: Sequence[PageView], row_of: Callable[[int], int | None]
 def _slices(
     asked: Sequence[PageView], units: Units, train: Sequence[PageView], catalog: Catalog
 ) -> tuple[dict[str, Mask], dict[str, Any]]:
-    """`query_slices`, and a mask for items never clicked in training."""
+    """`query_slices`, and masks for items never clicked in training, cold ones and hot ones (spec §5.2).
+
+    Cold: published at most COLD_DAYS before the page view (times in Unix seconds) and never clicked in training. Hot:
+    among the top HOT_SHARE of its leaf category by orders in training.
+    """
     masks, cuts = query_slices(asked, units, train)
     warm = np.zeros(catalog.num_items + 1, dtype=np.bool_)  # the last entry stands for items not in the catalog
     warm[-1] = True
     for view in train:
         warm[catalog.rows_of(view.clicked)] = True
-    return masks | {"not clicked in train": ~warm[units.row]}, cuts
+    published = np.append(catalog.columns.arrays["published_at"], 0)[units.row]
+    age = np.asarray([view.time for view in asked])[units.view] - published
+    fresh = (published > 0) & (age >= 0) & (age <= COLD_DAYS * 86_400)
+    hot = np.append(best_sellers(catalog, train), False)
+    new = ~warm[units.row]
+    return masks | {"not clicked in train": new, "cold items": fresh & new, "hot items": hot[units.row]}, cuts
+
+
+def best_sellers(catalog: Catalog, train: Sequence[PageView]) -> Mask:
+    """bool [N]: the HOT_SHARE of each leaf category (rounded up) with most orders, at least one; equals by row."""
+    orders = np.bincount(catalog.rows_of(i for view in train for i in view.ordered), minlength=catalog.num_items)
+    hot = np.zeros(catalog.num_items, dtype=np.bool_)
+    leaves = _leaf_categories(catalog)
+    for leaf in np.unique(leaves):
+        rows = np.flatnonzero(leaves == leaf)
+        hot[rows[top_rows(orders[rows], math.ceil(HOT_SHARE * len(rows)))]] = True
+    return hot & (orders > 0)
+
+
+def _leaf_categories(catalog: Catalog) -> Ranks:
+    """A number for the category path of each row, int64 [N]."""
+    paths = catalog.columns.arrays["categories"]
+    return np.asarray(np.unique(paths, axis=0, return_inverse=True)[1].reshape(-1), dtype=np.int64)
+
+
+def _category_hits(
+    units: Units, ranked: Mapping[str, Sequence[Rows]], catalog: Catalog, keep: Mask, seed: int
+) -> list[Measured]:
+    """Whether the top 10 holds an item of the clicked item's leaf category, per page view like HR."""
+    leaves = np.append(_leaf_categories(catalog), -1)
+    pairs = list(zip(units.view.tolist(), leaves[units.row].tolist(), strict=True))
+    values = {
+        system: np.asarray([float(leaf >= 0 and leaf in leaves[lists[view][:_TOP]]) for view, leaf in pairs])
+        for system, lists in ranked.items()
+    }
+    by_view = {system: per_view(found, units.view, keep) for system, found in values.items()}
+    return compare("clicks", {f"category hit@{_TOP}": by_view}, MODEL, seed)
+
+
+def _calibration(ranking: Ranking, units: Units, catalog: Catalog) -> Measured:
+    """Expected calibration error of exp(score) as the probability that a click is on a SID, over SIDs of the top 10.
+
+    A SID's outcome is the share of the page view's clicked items that have it.
+    """
+    leaf = leaf_numbers(catalog.sids)
+    clicked: dict[int, list[int]] = defaultdict(list)
+    for view, row in zip(units.view.tolist(), units.row.tolist(), strict=True):
+        clicked[view].append(int(leaf[row]) if row >= 0 else -1)
+    probabilities, outcomes = [], []
+    for view, (rows, scores) in enumerate(zip(ranking.rows[MODEL], ranking.scores, strict=True)):
+        shown, first = np.unique(leaf[rows[:_TOP]], return_index=True)
+        probabilities += np.exp(scores[first]).tolist()
+        outcomes += [clicked[view].count(sid) / len(clicked[view]) for sid in shown.tolist()]
+    error = calibration_error(np.asarray(probabilities), np.asarray(outcomes)) if probabilities else 0.0
+    return Measured("beam scores", f"ECE@{_TOP}", len(outcomes), {MODEL: Estimate(error)}, {})
 
 
 def query_slices(

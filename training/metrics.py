@@ -23,6 +23,7 @@ Floats = npt.NDArray[np.float64]
 
 RELEVANT = 1  # the lowest rating that counts as relevant for recall and MRR
 RESAMPLES = 1000
+CALIBRATION_BINS = 10
 _GRADED = {
     "nDCG@10": nDCG @ 10,
     "nDCG@10 judged only": nDCG(judged_only=True) @ 10,
@@ -141,6 +142,39 @@ def bootstrap(values: Floats, seed: int, resamples: int = RESAMPLES) -> list[Est
         means[i] = drawn @ values / count
     low, high = np.percentile(means, [2.5, 97.5], axis=0)
     return [Estimate(float(m), float(a), float(b)) for m, a, b in zip(values.mean(axis=0), low, high, strict=True)]
+
+
+def paired(gaps: Floats, seed: int, resamples: int = RESAMPLES) -> Estimate:
+    """Mean of gaps float64 [S, V], S seeds and V page views, with its 95 % interval: both are drawn with replacement.
+
+    With one seed the interval covers page views only.
+    """
+    rng = np.random.default_rng(seed)
+    seeds, views = gaps.shape
+    drawn_seeds = rng.multinomial(seeds, np.full(seeds, 1 / seeds), resamples) / seeds
+    means = np.empty(resamples)
+    for i in range(resamples):
+        weights = np.bincount(rng.integers(views, size=views), minlength=views) / views
+        means[i] = drawn_seeds[i] @ gaps @ weights
+    low, high = np.percentile(means, [2.5, 97.5])
+    return Estimate(float(gaps.mean()), float(low), float(high))
+
+
+def ndcg(rows: Rows, grades: npt.NDArray[np.int64], k: int) -> float:
+    """nDCG@k of a ranked list against the grades of all items, int64 [N], of which one is positive; gain = grade."""
+    discounts = 1 / np.log2(np.arange(2, k + 2))
+    found, best = grades[rows[:k]], np.sort(grades)[::-1][:k]
+    return float(found @ discounts[: len(found)] / (best @ discounts[: len(best)]))
+
+
+def calibration_error(probabilities: Floats, outcomes: Floats, bins: int = CALIBRATION_BINS) -> float:
+    """Expected calibration error: mean |mean probability − mean outcome| over bins of equal numbers, float64 [U] each.
+
+    Bins of equal width would hold nearly everything in the first: most of the SIDs of a beam are improbable.
+    """
+    order = np.argsort(probabilities, kind="stable")
+    parts = [part for part in np.array_split(order, bins) if len(part)]
+    return float(sum(len(p) * abs(probabilities[p].mean() - outcomes[p].mean()) for p in parts) / len(order))
 
 
 def graded(ratings: Sequence[Mapping[int, int]], ranked: Sequence[Rows]) -> dict[str, Floats]:

@@ -3,6 +3,7 @@ truth behind its queries beside its tables."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import orjson
@@ -27,6 +28,12 @@ def read_negations(data: Path) -> dict[str, Exclusions]:
     return {normalise(q): tuple((c["axis"], c["value"]) for c in orjson.loads(negated)) for q, negated in rows}
 
 
+def shows(body: Mapping[str, Any], excluded: Exclusions) -> bool:
+    """Whether an item shows an excluded value, a brand or one of the comma-separated values of an attribute."""
+    values = {"brand": body["brand"] or "", **body["attributes"]}
+    return any(value in str(values.get(name, "")).split(", ") for name, value in excluded)
+
+
 def measure_violations(
     queries: Sequence[str],
     ranked: Mapping[str, Sequence[Rows]],
@@ -40,12 +47,10 @@ def measure_violations(
     ranked[system][i] answers queries[i]. An empty list violates nothing.
     """
     asked = [i for i, query in enumerate(queries) if query in negations]
-    attributes = [body["attributes"] for body in item_bodies(catalog)] if asked else []
+    bodies = item_bodies(catalog) if asked else []
 
     def share(rows: Rows, excluded: Exclusions) -> float:
-        shown = [
-            any(attributes[row].get(name) == value for name, value in excluded) for row in rows[:_TOP].tolist()
-        ]
+        shown = [shows(bodies[row], excluded) for row in rows[:_TOP].tolist()]
         return sum(shown) / max(1, len(shown))
 
     values = {

@@ -12,7 +12,7 @@ from onesearch.context import SearchContext
 from onesearch.decode import StepFn
 from onesearch.search import SearchOptions, SearchResult
 from training.baselines import Baseline
-from training.metrics import Measured, Rows, compare, free_beams, valid_share
+from training.metrics import Floats, Measured, Rows, compare, free_beams, valid_share
 from training.progress import track
 from trie import SidTrie
 
@@ -45,16 +45,24 @@ class Subject:
 
 @dataclass(frozen=True)
 class Report:
-    """facts: what was run and counted; measured: the numbers."""
+    """facts: what was run and counted; measured: the numbers; units: what they are means of, to compare reports by."""
 
     measured: list[Measured]
     facts: dict[str, Any] = field(default_factory=dict)
+    units: dict[str, Any] = field(default_factory=dict)
 
 
-def rank(
-    subject: Subject, contexts: Sequence[SearchContext], baselines: Mapping[str, Baseline]
-) -> tuple[dict[str, list[Rows]], dict[str, Any]]:
-    """Each system's rows per context, and the model's search time."""
+@dataclass(frozen=True)
+class Ranking:
+    """rows: each system's rows per context. scores: the model's scores of its rows. facts: the model's search time."""
+
+    rows: dict[str, list[Rows]]
+    scores: list[Floats]
+    facts: dict[str, Any]
+
+
+def rank(subject: Subject, contexts: Sequence[SearchContext], baselines: Mapping[str, Baseline]) -> Ranking:
+    """Ask every system every context."""
     results = [subject.searcher.search(context, subject.options) for context in track(contexts, "search")]
     ranked = {MODEL: [result.rows for result in results]}
     queries = list(dict.fromkeys(context.query for context in contexts))
@@ -63,7 +71,8 @@ def rank(
         ranked[name] = [answers[context.query] for context in contexts]
     times = [sum(result.timings_ms.values()) for result in results]
     p50, p95 = np.percentile(times, [50, 95])
-    return ranked, {"search_ms": {"p50": round(float(p50), 1), "p95": round(float(p95), 1)}}
+    facts = {"search_ms": {"p50": round(float(p50), 1), "p95": round(float(p95), 1)}}
+    return Ranking(ranked, [np.asarray(result.scores, dtype=np.float64) for result in results], facts)
 
 
 def measure_validity(subject: Subject, contexts: Sequence[SearchContext], seed: int) -> list[Measured]:
