@@ -54,7 +54,12 @@ class SearchContext:
 
 
 def assemble(
-    query: str, queries: Iterable[str], clicks: Sequence[int], long: Sequence[int], profile: str = ""
+    query: str,
+    queries: Iterable[str],
+    clicks: Sequence[int],
+    long: Sequence[int],
+    profile: str = "",
+    keywords: tuple[str, ...] = (),
 ) -> SearchContext:
     """A context from what a user did before, oldest first: queries asked, items clicked, items clicked or ordered.
 
@@ -71,6 +76,7 @@ def assemble(
         recent_queries=tuple(asked[-MAX_RECENT_QUERIES:]),
         recent_items=tuple(clicks[-MAX_RECENT_ITEMS:]),
         long_items=tuple(long[-MAX_LONG_ITEMS:]),
+        keywords=keywords,
     )
 
 

@@ -212,9 +212,9 @@ class Snapshot:
 
     def _gather(self, rows: Rows, of_base: npt.NDArray[Any], of_added: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Values of rows from an array of each part."""
-        late = rows >= self._start
-        if not late.any():
+        if not self.added.num_items:
             return np.asarray(of_base[rows])
+        late = rows >= self._start
         values = np.empty((len(rows), *of_base.shape[1:]), dtype=of_base.dtype)
         values[~late], values[late] = of_base[rows[~late]], of_added[rows[late] - self._start]
         return values

@@ -47,9 +47,9 @@ class Variant:
     options: VariantOptions
 
     def search_options(self, limit: int, **more: Any) -> SearchOptions:
-        """The search options of a request that this variant answers."""
+        """The search options of a request that this variant answers; more: those that the variant does not say."""
         own = self.options
-        return SearchOptions(limit=limit, width=own.width, score=own.score, keywords=own.keywords, **more)
+        return SearchOptions(limit=limit, width=own.width, score=own.score, **more)
 
 
 @dataclass(frozen=True)

@@ -103,11 +103,16 @@ class Pipeline:
         recalled = await self._memory.recall(request.user_id, request.query, variant.options.keywords)
         degraded: list[str] = [*recalled.degraded]
         spent = {"state": _ms_since(started)}
-        context = replace(recalled.state.context(request.query), keywords=recalled.keywords or ())
+        context = recalled.state.context(request.query, recalled.keywords or ())
         filters = None if request.filters is None else request.filters.to_filters()
-        options = variant.search_options(request.limit, filters=filters, facets=request.facets, deadline=deadline)
         # Known keywords are in the context; else the dictionary of the bundle is asked.
-        options = replace(options, keywords=options.keywords and recalled.keywords is None)
+        options = variant.search_options(
+            request.limit,
+            keywords=variant.options.keywords and recalled.keywords is None,
+            filters=filters,
+            facets=request.facets,
+            deadline=deadline,
+        )
         find = self._run if request.explain or self._results is None else self._find
         found, width = await find(variant, context, options, spent)
         if width < options.width:
@@ -234,11 +239,14 @@ def spliced(fields: Mapping[str, Any], item: bytes) -> bytes:
 def _found(result: SearchResult, model_version: str) -> Found:
     """A result as answers need it; model_version names the model where the result does not."""
     catalog, rows = result.catalog, result.rows
-    ranked = zip(rows.tolist(), result.scores.tolist(), catalog.sids_at(rows).tolist(), strict=True)
-    # Numbers and lists of numbers are written as JSON by Python itself, faster than by twenty calls of a library.
+    # All SIDs are written at once and then taken apart, which is half the time of writing them one by one. Of no
+    # rows there is one empty SID.
+    sids = orjson.dumps(catalog.sids_at(rows), option=orjson.OPT_SERIALIZE_NUMPY)[2:-2].split(b"],[")
     items = [
-        b'{"rank":%d,"score":%.6f,"sid":%b,' % (rank, score, str(sid).encode()) + catalog.item_json(row)[1:]
-        for rank, (row, score, sid) in enumerate(ranked, start=1)
+        b'{"rank":%d,"score":%.6f,"sid":[%b],%b' % (rank, score, sid, catalog.item_json(row)[1:])
+        for rank, (row, score, sid) in enumerate(
+            zip(rows.tolist(), result.scores.tolist(), sids, strict=False), start=1
+        )
     ]
     return Found(
         items=b"[" + b",".join(items) + b"]",

@@ -5,6 +5,7 @@ the process; the last moments before a power failure may be lost.
 """
 
 import asyncio
+import fcntl
 import sqlite3
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +26,7 @@ class SqliteFile:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="state")
         try:
             self._db = self._thread.submit(_connect, path).result()
-        except sqlite3.Error as error:
+        except (sqlite3.Error, OSError) as error:
             self._thread.shutdown()
             raise ConfigError(f"state file {path}: cannot be used ({error})") from error
 
@@ -52,8 +53,11 @@ class SqliteFile:
 
 
 def _connect(path: Path) -> sqlite3.Connection:
-    # The connection is made and used on the store's thread only.
-    db = sqlite3.connect(path, timeout=1.0)
-    db.execute("PRAGMA journal_mode = WAL")
-    db.execute("PRAGMA synchronous = NORMAL")
-    return db
+    # The connection is made and used on the store's thread only. Processes that start together make the file one
+    # after the other: SQLite does not wait for whoever switches to the write-ahead log.
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        db = sqlite3.connect(path, timeout=1.0)
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = NORMAL")
+        return db

@@ -55,7 +55,7 @@ class UserState:
         cut = {name: tuple(e for e in getattr(self, name) if e.at < at) for name in LIMITS}
         return UserState(**cut, profile=self.profile)
 
-    def context(self, query: str) -> SearchContext:
+    def context(self, query: str, keywords: tuple[str, ...] = ()) -> SearchContext:
         """The context of a search by the shared rule."""
         return assemble(
             query,
@@ -63,6 +63,7 @@ class UserState:
             [int(entry.value) for entry in self.clicks],
             [int(entry.value) for entry in self.long],
             self.profile,
+            keywords,
         )
 
 

@@ -2,6 +2,9 @@
 
 import asyncio
 import sqlite3
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -138,6 +141,32 @@ async def test_sqlite_state_survives_a_restart_and_two_processes_share_it(tmp_pa
     third = sqlite_store(path, TTL, RETENTION)
     assert values(await third.users.read("ann", NOW))[0] == ["shoes", "socks"]
     await third.close()
+
+
+OPENING = """
+import sys, time
+from pathlib import Path
+from service.sqlite_file import SqliteFile
+print(flush=True)
+start = float(sys.stdin.readline())
+for number in range(25):
+    time.sleep(max(0.0, start + number / 25 - time.time()))
+    SqliteFile(Path(sys.argv[1]) / f"{number}.sqlite3")
+print("opened")
+"""
+
+
+def test_processes_that_start_together_share_a_new_sqlite_state(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", OPENING, str(tmp_path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen(command, **pipes) for _ in range(4)]
+    for process in processes:
+        process.stdout.readline()
+    start = time.time() + 0.05
+    for process in processes:
+        process.stdin.write(f"{start}\n")
+        process.stdin.flush()
+    assert [process.communicate(timeout=30)[0] for process in processes] == ["opened\n"] * len(processes)
 
 
 async def test_sqlite_gives_back_the_space_of_forgotten_users(tmp_path: Path) -> None:
