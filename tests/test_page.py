@@ -252,6 +252,9 @@ def test_a_browser_keeps_its_user_until_it_is_changed(site: Site, page: Page) ->
     assert given not in page.url
     page.get_by_role("button", name="New user").click()
     expect(field).not_to_have_value(given)
+    page.route("**/v1/users/*", lambda route: route.fulfill(status=404, json={"detail": "the store is away"}))
+    page.get_by_role("button", name="Forget history").click()
+    expect(page.get_by_role("status")).to_have_text("The history was not forgotten: the store is away")
     field.fill("")
     page.keyboard.press("Tab")
     page.reload()

@@ -4,7 +4,7 @@ import { byId, call, element, post } from "./api.js";
 import { explain } from "./explain.js";
 import { showFacets } from "./facets.js";
 import { mark, movement, summary } from "./movement.js";
-import { clicked, greet, user, watch } from "./shopper.js";
+import { clicked, forget, greet, user, watch } from "./shopper.js";
 
 const form = byId("form"), query = byId("query"), status = byId("status"), results = byId("results"), again = byId("again");
 // What the address holds. The user is not in it: a shared address must not share the one who shared it.
@@ -187,6 +187,9 @@ form.addEventListener("submit", (event) => {
   search();
 });
 again.addEventListener("click", () => search());
+byId("forget").addEventListener("click", () => {
+  forget().then(() => search(), (error) => say(`The history was not forgotten: ${error.message}`, true));
+});
 for (const id of [...Object.keys(FIELDS), "in-stock", "user"]) byId(id).addEventListener("change", () => query.value.trim() && search());
 query.addEventListener("search", () => query.value || idle());
 byId("about").addEventListener("toggle", () => {

@@ -32,10 +32,14 @@ function event(type, item, answer) {
 
 export const clicked = (item, answer) => post("/v1/events", event("click", item, answer));
 
+export async function forget() {
+  if (user()) await call(`/v1/users/${encodeURIComponent(user())}`, { method: "DELETE" });
+}
+
 const shown = new WeakMap(); // cards: their item and answer
 const watcher = new IntersectionObserver((entries) => {
-  for (const { target, isIntersecting } of entries) {
-    if (!isIntersecting) continue;
+  for (const { target, intersectionRatio } of entries) {
+    if (intersectionRatio < SEEN_SHARE) continue;
     watcher.unobserve(target);
     if (user()) waiting.push(event("impression", ...shown.get(target)));
   }
@@ -59,10 +63,6 @@ async function send() {
 field.addEventListener("change", () => become(user()));
 byId("new-user").addEventListener("click", () => {
   become(fresh());
-  field.dispatchEvent(new Event("change"));
-});
-byId("forget").addEventListener("click", async () => {
-  if (user()) await call(`/v1/users/${encodeURIComponent(user())}`, { method: "DELETE" }).catch(() => {});
   field.dispatchEvent(new Event("change"));
 });
 window.addEventListener("pagehide", send);
