@@ -197,7 +197,7 @@ def test_nothing_legal_gives_no_results_and_no_model_call(score, items):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("score", SCORES)
-@pytest.mark.parametrize("size", [3, 8, 37])
+@pytest.mark.parametrize("size", [3, 8, 37, 300])
 def test_logits_that_are_not_finite_are_errors_that_say_where(bad, score, size):
     trie = SidTrie.build([[i % 2, i] for i in range(3)] + [[1, 0]], (2, size))
 
@@ -214,6 +214,24 @@ def test_logits_that_are_not_finite_are_errors_that_say_where(bad, score, size):
                 DecodeError, match=rf"level 1: logits\[{row}, {code}\] is -?(nan|inf), expected a finite"
             ):
                 beam_search(step, trie, BeamConfig(score=score))
+
+
+def test_a_refused_level_can_be_asked_again():
+    sizes = (9, 200)
+    trie = SidTrie.build(np.indices(sizes).reshape(2, -1).T, sizes)
+    model, found = Model(sizes), []
+    for refuse in (False, True):
+        beam = trie.beam(8, 5)
+        for _ in sizes:
+            logits = model(beam.codes(), beam.parents())
+            if refuse:
+                bad = logits + np.float32(3)
+                bad[-1, -1] = np.nan
+                with pytest.raises(ValueError, match="expected a finite number"):
+                    beam.advance(bad)
+            beam.advance(logits)
+        found.append([each.tolist() for each in beam.results()])
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize(

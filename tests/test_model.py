@@ -4,11 +4,13 @@ import torch
 from tiny import HISTORY_DIM, SHAPES, SIZES, tiny_model, tiny_prompt, tiny_renderer
 from transformers import AutoConfig, AutoModel, BartConfig, GPT2Config, Qwen3Config
 
+from onesearch.decode import BeamConfig, beam_search
 from onesearch.errors import BundleError, ConfigError
 from onesearch.model import OneSearchModel, TorchDecoder
 from onesearch.model_config import ModelConfig
 from onesearch.pretrained import from_pretrained
 from onesearch.sequence import Fields, Prompt
+from trie import SidTrie
 
 
 @pytest.fixture(scope="module")
@@ -259,3 +261,38 @@ def test_a_checkpoint_that_would_compute_something_else_is_refused(renderer, tmp
         from_pretrained(tmp_path / "mamba", renderer)
     with pytest.raises(ConfigError, match="cannot be read"):
         from_pretrained(tmp_path / "nothing", renderer)
+
+
+@torch.no_grad()
+def plain_beam_search(model, prompt, sids, width, top_n):
+    """Beam search with PyTorch alone: every prefix run as a whole, log-softmax, legal children looked up in a set."""
+    ids, mask, history = batch([prompt], 0)
+    beams, scores = torch.empty((1, 0), dtype=torch.int64), torch.zeros(1)
+    for level in range(sids.shape[1]):
+        legal = {tuple(sid) for sid in sids[:, : level + 1].tolist()}
+        target = torch.cat([beams, torch.zeros((len(beams), sids.shape[1] - level), dtype=torch.int64)], dim=1)
+        tokens = torch.from_numpy(model.config.sids.token_ids(target.numpy()))
+        repeated = [each.expand(len(beams), *each.shape[1:]) for each in (ids, torch.ones_like(mask), history)]
+        found = scores[:, None] + torch.log_softmax(model.sid_logits(*repeated, tokens)[level], dim=-1)
+        children = [
+            (float(score), [*beam, code])
+            for beam, row in zip(beams.tolist(), found, strict=True)
+            for code, score in enumerate(row)
+            if (*beam, code) in legal
+        ]
+        children.sort(key=lambda each: -each[0])
+        children = children[: top_n if level + 1 == sids.shape[1] else width]
+        beams, scores = torch.tensor([sid for _, sid in children]), torch.tensor([score for score, _ in children])
+    return beams.numpy(), scores.numpy()
+
+
+def test_a_search_finds_what_plain_pytorch_finds(renderer, model):
+    rng = np.random.default_rng(4)
+    trie = SidTrie.build(np.stack([rng.integers(0, size, 900) for size in SIZES], axis=1), SIZES)
+    prompt = tiny_prompt(renderer)
+    found = beam_search(TorchDecoder(model, renderer).start(prompt), trie, BeamConfig(width=64, top_n=50))
+    codes, scores = plain_beam_search(model, prompt, trie.sids(), 64, 50)
+    assert len(found.scores) == 50
+    np.testing.assert_allclose(found.scores, scores, atol=1e-4)
+    close = np.minimum(np.diff(-scores, prepend=-np.inf), np.diff(-scores, append=np.inf)) < 1e-4
+    assert (found.codes == codes).all(axis=1)[~close].all()

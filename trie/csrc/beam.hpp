@@ -1,6 +1,6 @@
 // One beam search over a trie and, optionally, a small trie of additions. The model lives outside: `advance` takes the
-// logits of the current rows and does the whole level in one call: finite check, log-softmax, candidate scan,
-// selection, new rows. With `chunk` > 0 the last level takes several calls, best beams first, and ends as soon as no
+// logits of the current rows and does the whole level in one call: finite check and log-softmax in one pass over
+// them, candidate scan, selection, new rows. With `chunk` > 0 the last level takes several calls, best beams first, and ends as soon as no
 // beam that is left can reach the results. Scores are sums of log-probabilities in double; keys.hpp has the order.
 #pragma once
 
@@ -98,7 +98,8 @@ class BeamSearch {
     while (std::isfinite(logits[at])) ++at;
     const std::string where = std::to_string(at / row_size()) + ", " + std::to_string(at % row_size());
     begin_level();
-    throw std::invalid_argument("logits[" + where + "] is " + std::to_string(logits[at]) + ", expected a finite number");
+    throw std::invalid_argument("logits[" + where + "] is " + std::to_string(logits[at]) +
+                                ", expected a finite number");
   }
 
   // Children of the beams, candidates of the settled ones, and the first rows to ask.
@@ -170,7 +171,7 @@ class BeamSearch {
     bounds_.resize(rows());
     for (std::uint32_t r = 0; r < rows(); ++r) {
       const float* const row = logits + r * row_size();
-      if (options_.legal)  // scan() adds up the legal children
+      if (options_.legal)  // scan() adds up the legal children; here only to see what is not finite
         sums_[r].sum = double{kernels_.max_finite(row, row_size())};
       else
         sums_[r] = kernels_.exp_sum(row, row_size());
@@ -213,7 +214,9 @@ class BeamSearch {
 
   // A value that at least as many others reach as there are places among the best, and not many more.
   float high_value() const {
-    const auto good = [&](float bar) { return kernels_.count(values_.data(), values_.size(), bar) >= best_.capacity(); };
+    const auto good = [this](float bar) {
+      return kernels_.count(values_.data(), values_.size(), bar) >= best_.capacity();
+    };
     float above = largest(), step = 1.0f;
     while (!good(above - step)) step *= 2.0f;
     for (int halvings = 0; halvings < 6; ++halvings) {

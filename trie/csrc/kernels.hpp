@@ -105,7 +105,7 @@ inline double sum_exp(const float* x, std::size_t n, float max) {
   std::array<double, 8> sum{};
   std::size_t i = 0;
   for (; i + sum.size() <= n; i += sum.size())
-    for (std::size_t lane = 0; lane < sum.size(); ++lane) sum[lane] += static_cast<double>(exp_term(x[i + lane] - max));
+    for (std::size_t lane = 0; lane < sum.size(); ++lane) sum[lane] += double{exp_term(x[i + lane] - max)};
   for (; i < n; ++i) sum[0] += static_cast<double>(exp_term(x[i] - max));
   return ((sum[0] + sum[4]) + (sum[2] + sum[6])) + ((sum[1] + sum[5]) + (sum[3] + sum[7]));
 }

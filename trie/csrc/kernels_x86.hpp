@@ -160,7 +160,7 @@ SID_AVX512 inline float max_finite(const float* x, std::size_t n) {
 
 alignas(64) inline const std::array<float, 32> kPowers = [] {  // 2^(i / 32)
   std::array<float, 32> powers{};
-  for (std::size_t i = 0; i < powers.size(); ++i) powers[i] = static_cast<float>(std::exp2(static_cast<double>(i) / 32));
+  for (int i = 0; i < 32; ++i) powers[static_cast<std::size_t>(i)] = static_cast<float>(std::exp2(i / 32.0));
   return powers;
 }();
 
@@ -188,7 +188,7 @@ SID_AVX512 inline __m512d widened(__m512 v) {  // pairs of lanes, added in doubl
   return _mm512_add_pd(_mm512_cvtps_pd(_mm512_castps512_ps256(v)), _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1)));
 }
 
-// One pass. Eight terms are added as floats before they join the sum in double: three or four roundings, 2e-7 at worst.
+// Eight terms are added as floats before they join the sum in double: three or four roundings, 2e-7 at worst.
 SID_AVX512 inline ExpSum one_pass(const float* x, std::size_t n, float shift_by) {
   const __m512 shift = _mm512_set1_ps(shift_by), zero = _mm512_setzero_ps();
   __m512 max[4] = {shift, shift, shift, shift};
@@ -236,8 +236,8 @@ SID_AVX512 inline std::size_t count(const float* x, std::size_t n, float bar) {
   std::size_t found = 0;
   for (std::size_t i = 0; i < n; i += 16) {
     const __mmask16 here = lanes(n - i);
-    found += static_cast<std::size_t>(
-        std::popcount<std::uint32_t>(_mm512_mask_cmp_ps_mask(here, _mm512_maskz_loadu_ps(here, x + i), limit, _CMP_GE_OQ)));
+    const std::uint32_t hits = _mm512_mask_cmp_ps_mask(here, _mm512_maskz_loadu_ps(here, x + i), limit, _CMP_GE_OQ);
+    found += static_cast<std::size_t>(std::popcount(hits));
   }
   return found;
 }

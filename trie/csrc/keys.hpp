@@ -49,7 +49,8 @@ class BestKeys {
   std::size_t capacity() const { return capacity_; }
   // Promises that as many candidates as there are places score at least this.
   void raise(double score) {
-    lowest_ = std::max<double>(lowest_, std::nextafter(static_cast<float>(score), -std::numeric_limits<float>::infinity()));
+    const float below = std::nextafter(static_cast<float>(score), -std::numeric_limits<float>::infinity());
+    lowest_ = std::max(lowest_, double{below});
   }
   // Lowest double whose float rounding can still reach the floor.
   double lowest_score() const { return lowest_; }
