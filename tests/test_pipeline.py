@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from training.marketplace import simulate
 from training.pipeline import Work, train_bundle
 from training.recipe import load_recipe
 from training.tables import write_tables
+from training.taqu import make_keywords
 
 RECIPE = """
 name = "tiny"
@@ -156,9 +158,17 @@ def test_a_shop_without_logs_trains_on_marked_pseudo_queries_and_answers_any_que
     (catalog_only / "items.jsonl").write_bytes(b"\n".join(items))
     with pytest.raises(ConfigError, match="hold no recall sessions"):
         train_bundle(load_recipe(recipe_file(tmp_path)), catalog_only, tmp_path / "b", work(tmp_path / "work"))
-    recipe = load_recipe(recipe_file(tmp_path, bootstrap=True))
+    recipe, keywords = load_recipe(recipe_file(tmp_path, bootstrap=True)), tmp_path / "keywords.jsonl"
+    recipe = replace(recipe, data=replace(recipe.data, keywords="file", keyword_file=str(keywords)))
     out = tmp_path / "bundle"
+    with pytest.raises(ConfigError, match=r"keywords\.jsonl is no file"):
+        train_bundle(recipe, catalog_only, out, work(tmp_path / "work"))
+    assert make_keywords(catalog_only, keywords, recipe=recipe)[0].missing == 0
     train_bundle(recipe, catalog_only, out, work(tmp_path / "work"))
+    with keywords.open("ab") as file:  # another file is other training data
+        file.write(keywords.read_bytes().splitlines(keepends=True)[-1].replace(b'"kw":[', b'"kw":["one",'))
+    train_bundle(recipe, catalog_only, tmp_path / "other", work(tmp_path / "work"))
+    assert len(list((tmp_path / "work").glob("stage-align-*"))) == 2
 
     bundle = open_bundle(out)
     assert bundle.manifest.metrics["sid"]["icr"] > 0
