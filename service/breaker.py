@@ -29,7 +29,7 @@ class Breaker:
     def __init__(
         self, ping: Callable[[], Awaitable[None]], timeout: float, told: Callable[[BreakerState], None]
     ) -> None:
-        """timeout bounds every call and probe, in seconds; `told` hears every change of state."""
+        """timeout bounds probes and calls, in seconds; `told` hears every change of state."""
         self._ping = ping
         self._timeout = timeout
         self._told = told
@@ -39,12 +39,15 @@ class Breaker:
         self._probing: asyncio.Task[None] | None = None
         self.state: BreakerState = "closed"
 
-    async def call(self, work: Callable[[], Awaitable[T]]) -> T:
-        """What the store answers. Raises StateUnavailable: at once while open, else after the timeout at most."""
+    async def call(self, work: Callable[[], Awaitable[T]], timeout: float | None = None) -> T:
+        """What the store answers. Raises StateUnavailable: at once while open, else after the timeout at most.
+
+        timeout: seconds, for work that may take longer than other calls.
+        """
         if self.state != "closed":
             raise StateUnavailable("store: is away")
         try:
-            answer = await self._in_time(work)
+            answer = await self._in_time(work, timeout or self._timeout)
         except StateUnavailable:
             self._count(False)
             raise
@@ -56,12 +59,12 @@ class Breaker:
         if self._probing is not None:
             self._probing.cancel()
 
-    async def _in_time(self, work: Callable[[], Awaitable[T]]) -> T:
+    async def _in_time(self, work: Callable[[], Awaitable[T]], timeout: float) -> T:
         try:
-            async with asyncio.timeout(self._timeout):
+            async with asyncio.timeout(timeout):
                 return await work()
         except TimeoutError as error:
-            raise StateUnavailable(f"store: took longer than {self._timeout} s") from error
+            raise StateUnavailable(f"store: took longer than {timeout} s") from error
 
     def _count(self, good: bool) -> None:
         if self.state != "closed":  # a call that began before the breaker opened
@@ -84,7 +87,7 @@ class Breaker:
             self._pause = min(self._pause * 2, LONGEST_PAUSE)
             self._enter("half_open")
             try:
-                await self._in_time(self._ping)
+                await self._in_time(self._ping, self._timeout)
             except StateUnavailable:
                 self._enter("open")
             else:

@@ -52,7 +52,8 @@ class Memory:
         self._metrics = metrics
         self._breaker = Breaker(store.ping, settings.state_timeout_ms / 1e3, metrics.breaker)
         self._cache = KeywordCache(settings.keyword_cache_size)
-        self._outbox = Outbox(store, self._breaker, metrics)
+        self._write_timeout = settings.state_write_timeout_ms / 1e3
+        self._outbox = Outbox(store, self._breaker, metrics, self._write_timeout)
         self._mark = 0
         self._closing = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
@@ -85,16 +86,17 @@ class Memory:
         new = 0
         for start in range(0, len(events), EVENTS_AT_ONCE):
             part = events[start : start + EVENTS_AT_ONCE]
-            new += await self._breaker.call(partial(self._store.events.record, part))
+            new += await self._breaker.call(partial(self._store.events.record, part), self._write_timeout)
         return new
 
     async def set_profile(self, user: str, profile: str) -> None:
         """Remember a user's profile. Raises StateUnavailable."""
-        await self._breaker.call(lambda: self._store.users.set_profile(user, profile, time.time()))
+        work = partial(self._store.users.set_profile, user, profile, time.time())
+        await self._breaker.call(work, self._write_timeout)
 
     async def forget(self, user: str) -> None:
         """Drop a user's profile and histories. Raises StateUnavailable."""
-        await self._breaker.call(lambda: self._store.users.forget(user))
+        await self._breaker.call(partial(self._store.users.forget, user), self._write_timeout)
 
     def expose(self, exposure: Exposure) -> None:
         """Log an exposure soon."""

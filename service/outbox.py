@@ -23,7 +23,9 @@ _BATCH = 100
 class Outbox:
     """Waiting writes of one process. Used on the event loop only."""
 
-    def __init__(self, store: Store, breaker: Breaker, metrics: Metrics) -> None:
+    def __init__(self, store: Store, breaker: Breaker, metrics: Metrics, timeout: float) -> None:
+        """timeout bounds every write, in seconds."""
+        self._timeout = timeout
         self._store = store
         self._breaker = breaker
         self._metrics = metrics
@@ -49,11 +51,11 @@ class Outbox:
         try:
             while self._exposures:
                 exposures = [self._exposures[i] for i in range(min(_BATCH, len(self._exposures)))]
-                await self._breaker.call(partial(self._store.events.expose, exposures))
+                await self._breaker.call(partial(self._store.events.expose, exposures), self._timeout)
                 for _ in exposures:
                     self._exposures.popleft()
             while self._jobs:
                 jobs = [self._jobs.popleft() for _ in range(min(_BATCH, len(self._jobs)))]
-                await self._breaker.call(partial(self._store.keywords.enqueue, jobs, time.time()))
+                await self._breaker.call(partial(self._store.keywords.enqueue, jobs, time.time()), self._timeout)
         except StateUnavailable:
             return  # exposures stay for the next time; keywords that are still missing will be asked for again

@@ -35,7 +35,15 @@ class Settings(BaseSettings):
         pattern=r"^(sqlite:.+|rediss?://.+|unix://.+)",
         description="where user state lives: sqlite:PATH, redis://…, rediss://… or unix://…",
     )
-    state_timeout_ms: int = Field(default=50, ge=1, le=60_000, description="longest wait for user state")
+    state_timeout_ms: int = Field(
+        default=50, ge=1, le=60_000, description="longest wait of a search for user state"
+    )
+    state_write_timeout_ms: int = Field(
+        default=1000,
+        ge=1,
+        le=60_000,
+        description="longest wait for writes, such as events, that no search waits for",
+    )
     state_ttl_days: float = Field(default=90.0, gt=0, description="history older than this is forgotten")
     log_retention_days: float = Field(
         default=30.0, gt=0, description="how long events and exposures stay in the log, and event ids known"

@@ -38,7 +38,9 @@ def open_store(settings: Settings) -> Store:
     retention = settings.log_retention_days * _SECONDS_PER_DAY
     if settings.state.startswith(_SQLITE):
         return sqlite_store(Path(settings.state.removeprefix(_SQLITE)), ttl, retention)
-    return redis_store(settings.state, ttl, retention, settings.state_timeout_ms / 1e3)
+    return redis_store(
+        settings.state, ttl, retention, max(settings.state_timeout_ms, settings.state_write_timeout_ms) / 1e3
+    )
 
 
 def sqlite_store(path: Path, ttl_seconds: float, retention_seconds: float) -> Store:

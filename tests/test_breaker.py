@@ -157,6 +157,13 @@ async def test_it_opens_after_failures_in_a_row_probes_by_itself_and_closes(fast
     await breaker.close()
 
 
+async def test_a_call_may_be_given_more_time_than_others() -> None:
+    breaker = Breaker(Flaky().ping, 0.01, lambda state: None)
+    with pytest.raises(StateUnavailable, match=r"longer than 0\.01 s"):
+        await breaker.call(lambda: asyncio.sleep(0.05))
+    assert await breaker.call(lambda: asyncio.sleep(0.05, "written"), timeout=5) == "written"
+
+
 async def test_it_opens_when_half_of_the_recent_calls_fail_and_not_before(fast: Any) -> None:
     store = Flaky()
     breaker = Breaker(store.ping, 0.01, lambda state: None)
