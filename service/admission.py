@@ -17,7 +17,7 @@ from service.problems import Refused
 
 NARROW_BEAM = "narrow_beam"
 _RUNGS = 3
-_PATIENCE = 2
+_PATIENCE = 1
 _WEIGHT = 0.1
 _MARGIN = 2.0  # estimates are means: twice as much is planned for
 

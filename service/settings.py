@@ -75,7 +75,7 @@ class Settings(BaseSettings):
     )
     workers: int = Field(default=1, ge=1, le=64, description="processes that serve the port together")
     concurrency: int = Field(default=2, ge=1, le=256, description="searches that run at the same time, per worker")
-    queue_limit: int = Field(default=64, ge=0, le=100_000, description="searches that may wait, per worker")
+    queue_limit: int = Field(default=16, ge=0, le=100_000, description="searches that may wait, per worker")
     deadline_ms: int = Field(default=2000, ge=1, le=60_000, description="deadline of a search that names none")
     rate_limit: str | None = Field(default=None, description="requests of one client per worker, like 50/second")
     client_header: str | None = Field(default=None, description="header that names the client, else its address")

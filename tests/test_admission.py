@@ -96,8 +96,8 @@ async def test_work_whose_deadline_has_passed_is_not_started() -> None:
 async def test_beams_narrow_step_by_step_with_the_queue_and_widen_when_it_is_gone() -> None:
     gate = Admission(1, 100)
     widths = await asyncio.gather(*(use(gate, 0.001) for _ in range(7)))
-    # Waiting behind them when they start: 0, then 5, 4 (two rungs down), 3, 2 (one), 1, 0.
-    assert widths == [512, 128, 128, 256, 256, 512, 512]
+    # Waiting behind them when they start: 0, then 5, 4, 3, 2 (two rungs down), 1 (one), 0.
+    assert widths == [512, 128, 128, 128, 128, 256, 512]
     assert await use(gate, 0) == 512
 
 
