@@ -11,6 +11,7 @@ the answer under load; over anonymous searches, because histories move on. The l
 
 import argparse
 import asyncio
+import gc
 import random
 import statistics
 import sys
@@ -18,7 +19,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,24 +27,34 @@ import orjson
 import uvloop
 
 from benchmarks.traffic import EVENTS, SEARCH, Ask, Traffic, vocabulary
-from benchmarks.wire import Client, Reply, Server, hardware, report, serving
+from benchmarks.wire import Client, Server, hardware, report, serving
 
 SWEEP = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
 """Rates of the sweep as multiples of what two full-width searches at a time would give."""
-TOP, UNLOADED, RECALLED = 10, 80, 300
-NARROW = "narrow_beam"
+TOP, UNLOADED, RECALLED, TRIES = 10, 80, 300, 5
+NARROW, NO_STATE = "narrow_beam", "state_unavailable"
 
 
-@dataclass
+@dataclass(frozen=True, slots=True)
 class Sample:
-    """One search: when it was meant to be sent and was answered (`time.perf_counter()`), and with what."""
+    """One search: when it was meant to be sent, was sent and was answered (`time.perf_counter()`), and with what.
+
+    Of the answer only what is reported: a generator that keeps whole answers is stopped by its garbage collector.
+    """
 
     ask: Ask
     due: float
     sent: float
     done: float
-    reply: Reply
-    answer: dict[str, Any] = field(default_factory=dict)
+    status: int
+    variant: str = ""
+    degraded: tuple[str, ...] = ()
+    top: frozenset[int] = frozenset()
+
+    @property
+    def good(self) -> bool:
+        """Whether the search was answered."""
+        return self.status == 200
 
     @property
     def ms(self) -> float:
@@ -52,29 +63,33 @@ class Sample:
 
 
 class Load:
-    """A generator of shoppers against one server."""
+    """A generator of shoppers against one server. clicks counts its click events by what became of them."""
 
     def __init__(self, server: Server, seed: int) -> None:
         self._server, self._client = server, Client(server.port)
         self._traffic, self._chance = Traffic(*vocabulary(server.get), seed), random.Random(seed)
-        self.event_failures = 0
+        self.clicks: Counter[str] = Counter()
 
-    async def search(self, ask: Ask, due: float) -> Sample:
-        """Send one search now."""
+    async def search(self, ask: Ask, due: float) -> tuple[Sample, dict[str, Any]]:
+        """Send one search now; also its answer, empty if there was none."""
         sent = time.perf_counter()
         reply = await self._client.post(SEARCH, orjson.dumps(ask.body), ask.headers)
-        sample = Sample(ask, due, sent, time.perf_counter(), reply)
-        if reply.status == 200:
-            sample.answer = orjson.loads(reply.body)
-        return sample
+        done = time.perf_counter()
+        if reply.status != 200:
+            return Sample(ask, due, sent, done, reply.status), {}
+        answer = orjson.loads(reply.body)
+        top = frozenset(item["item_id"] for item in answer["items"][:TOP])
+        told = answer["variant"], tuple(answer["degraded"])
+        return Sample(ask, due, sent, done, reply.status, *told, top), answer
 
     async def unloaded(self, count: int) -> list[float]:
         """Latencies in milliseconds of searches one after the other."""
-        return [(await self.search(self._traffic.search(), time.perf_counter())).ms for _ in range(count)]
+        return [(await self.search(self._traffic.search(), time.perf_counter()))[0].ms for _ in range(count)]
 
     async def phase(self, rate: float, seconds: float) -> tuple[list[Sample], float]:
         """Poisson arrivals at a rate; the samples and the start."""
         start = due = time.perf_counter()
+        self.clicks.clear()
         tasks = []
         while (due := due + self._chance.expovariate(rate)) < start + seconds:
             await asyncio.sleep(max(0.0, due - time.perf_counter()))
@@ -83,37 +98,41 @@ class Load:
 
     async def _shop(self, due: float) -> Sample:
         ask = self._traffic.search()
-        sample = await self.search(ask, due)
-        click = self._traffic.click(ask, sample.answer) if sample.answer else None
-        if click:
-            reply = await self._client.post(EVENTS, orjson.dumps(click))
-            self.event_failures += reply.status != 202
+        sample, answer = await self.search(ask, due)
+        if answer and (click := self._traffic.click(ask, answer)):
+            await self._click(orjson.dumps(click))
         return sample
 
-    async def recall(self, samples: Sequence[Sample]) -> list[tuple[Sample, float]]:
+    async def _click(self, body: bytes) -> None:
+        """Send a click until it is accepted, as clients should."""
+        for attempt in range(TRIES):
+            reply = await self._client.post(EVENTS, body)
+            if reply.status == 202:
+                self.clicks["late" if attempt else "accepted"] += 1
+                return
+            await asyncio.sleep(1)
+        self.clicks["lost"] += 1
+
+    async def recall(self, samples: Sequence[Sample]) -> list[float]:
         """The share of the full-width top ten in each anonymous answer, a part of them drawn by chance."""
-        anonymous = [s for s in samples if s.answer and "user_id" not in s.ask.body]
+        anonymous = [s for s in samples if s.good and "user_id" not in s.ask.body]
         found = []
         for sample in self._chance.sample(anonymous, min(RECALLED, len(anonymous))):
-            again = Ask(sample.ask.body, {"X-OneSearch-Variant": sample.answer["variant"]})
-            full = (await self.search(again, time.perf_counter())).answer
-            if not full or NARROW in full["degraded"]:
+            again = Ask(sample.ask.body, {"X-OneSearch-Variant": sample.variant})
+            full, _ = await self.search(again, time.perf_counter())
+            if not full.good or NARROW in full.degraded:
                 raise SystemExit("recall: an idle service did not answer at full width")
-            ideal = _ids(full)
-            if ideal:
-                found.append((sample, len(ideal & _ids(sample.answer)) / len(ideal)))
+            if full.top:
+                found.append(len(full.top & sample.top) / len(full.top))
         return found
-
-
-def _ids(answer: dict[str, Any]) -> set[int]:
-    return {item["item_id"] for item in answer["items"][:TOP]}
 
 
 def summary(name: str, rate: float, seconds: float, samples: Sequence[Sample], start: float) -> dict[str, Any]:
     """The row of a phase, without recall."""
-    good = [s for s in samples if s.answer]
+    good = [s for s in samples if s.good]
     spent = sorted(s.ms for s in good)
-    statuses = Counter(s.reply.status for s in samples if not s.answer)
+    statuses = Counter(s.status for s in samples if not s.good)
+    told = Counter(reason for s in good for reason in s.degraded)
     return {
         "phase": name,
         "rate": round(rate, 1),
@@ -124,7 +143,8 @@ def summary(name: str, rate: float, seconds: float, samples: Sequence[Sample], s
         "p999_ms": quantile(spent, 0.999),
         "refused": statuses.pop(503, 0),
         "other_errors": {str(status): count for status, count in sorted(statuses.items())},
-        "degraded": round(sum(NARROW in s.answer["degraded"] for s in good) / max(1, len(good)), 3),
+        "narrowed": round(told[NARROW] / max(1, len(good)), 3),
+        "without_state": told[NO_STATE],
         "generator_late_p99_ms": quantile(sorted((s.sent - s.due) * 1e3 for s in samples), 0.99),
     }
 
@@ -140,7 +160,7 @@ def recovery(samples: Sequence[Sample], start: float, limit_ms: float) -> float 
     settled = None
     for second in range(last, -1, -1):
         window = [s for s in samples if second <= s.due - start < second + 1]
-        if any(not s.answer for s in window) or (window and statistics.median(s.ms for s in window) > limit_ms):
+        if any(not s.good for s in window) or (window and statistics.median(s.ms for s in window) > limit_ms):
             break
         settled = second
     return None if settled is None else float(settled)
@@ -149,6 +169,7 @@ def recovery(samples: Sequence[Sample], start: float, limit_ms: float) -> float 
 async def measure(server: Server, concurrency: int, seconds: float, seed: int) -> list[dict[str, Any]]:
     """All rows."""
     load = Load(server, seed)
+    gc.disable()  # a generator that stops to look for garbage is late
     await load.unloaded(UNLOADED)
     idle = statistics.median(await load.unloaded(UNLOADED))
     single = concurrency * 1e3 / idle
@@ -157,7 +178,8 @@ async def measure(server: Server, concurrency: int, seconds: float, seed: int) -
 
     async def run(name: str, rate: float, length: float = seconds) -> tuple[dict[str, Any], list[Sample], float]:
         samples, start = await load.phase(rate, length)
-        rows.append(summary(name, rate, length, samples, start) | {"memory_mb": round(server.memory_mb(), 1)})
+        row = summary(name, rate, length, samples, start) | {"clicks": dict(load.clicks)}
+        rows.append(row | {"memory_mb": round(server.memory_mb(), 1)})
         kept[name] = samples
         return rows[-1], samples, start
 
@@ -170,7 +192,7 @@ async def measure(server: Server, concurrency: int, seconds: float, seed: int) -
     _, samples, start = await run("after", 0.5 * saturation)
     back = recovery(samples, start, 2 * idle)
     for row in rows:
-        shares = [share for _, share in await load.recall(kept[row["phase"]])]
+        shares = await load.recall(kept[row["phase"]])
         row["recall"] = round(statistics.fmean(shares), 4) if shares else None
     memory = [row["memory_mb"] for row in rows]
     verdict = {
@@ -181,7 +203,8 @@ async def measure(server: Server, concurrency: int, seconds: float, seed: int) -
         "goodput_at_200_share": round(past["goodput"] / saturation, 3),
         "other_5xx": sum(c for row in rows for s, c in row["other_errors"].items() if s >= "5"),
         "lost": sum(row["other_errors"].get("0", 0) for row in rows),
-        "event_failures": load.event_failures,
+        "clicks_late": sum(row["clicks"].get("late", 0) for row in rows),
+        "clicks_lost": sum(row["clicks"].get("lost", 0) for row in rows),
         "memory_growth": round(memory[-1] / memory[-3], 3),
         "recovery_s": back,
     }
@@ -201,7 +224,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     latency.set(xlabel="searches/s offered", ylabel="latency from intended time, ms", yscale="log")
     fate.plot(rates, rates, color="lightgrey", label="offered")
     fate.plot(rates, [row["goodput"] for row in sweep], marker="o", label="answered")
-    fate.plot(rates, [row["goodput"] * (1 - row["degraded"]) for row in sweep], marker="o", label="at full width")
+    fate.plot(rates, [row["goodput"] * (1 - row["narrowed"]) for row in sweep], marker="o", label="at full width")
     fate.set(xlabel="searches/s offered", ylabel="searches/s")
     share = fate.twinx()
     share.plot(rates, [row["recall"] for row in sweep], color="black", linestyle="--", label="recall@10")

@@ -4,6 +4,7 @@ Workers map the same bundle files, so their pages are in memory once; models, ca
 own. A worker that dies is replaced; workers whose supervisor dies drain and stop.
 """
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -26,6 +27,7 @@ from prometheus_client.multiprocess import mark_process_dead
 from onesearch.errors import OneSearchError
 from service.app import create_app
 from service.deployment import open_deployment
+from service.protocol import Protocol
 from service.readiness import Readiness
 from service.settings import Settings
 from service.store import open_store
@@ -75,7 +77,7 @@ def server_config(app: FastAPI | None, settings: Settings) -> uvicorn.Config:
         host=settings.host,
         port=settings.port,
         loop="uvloop",
-        http="httptools",
+        http=Protocol,
         log_config=log_config(settings.log_level),
         access_log=False,  # it would log query strings, and with them what users typed
         server_header=False,
@@ -85,6 +87,8 @@ def server_config(app: FastAPI | None, settings: Settings) -> uvicorn.Config:
 
 def serve_app(app: FastAPI, settings: Settings, sockets: list[socket] | None = None) -> None:
     """Serve until a signal, then drain."""
+    gc.collect()
+    gc.freeze()  # what is open now stays, so no collection looks at it again: one that did would stop every search
     server = DrainingServer(server_config(app, settings), app.state.readiness, settings.notice_seconds)
     server.run(sockets)
 

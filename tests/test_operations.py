@@ -28,6 +28,7 @@ from starlette.testclient import TestClient
 
 from service.app import create_app
 from service.envelope import Envelope
+from service.protocol import Protocol
 from service.store import open_store
 from service.telemetry import Metrics
 from service.tracing import Tracer
@@ -210,7 +211,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     app = create_app(
         fake_settings(folder), fake_deployment(fake_engine(folder)), open_store(fake_settings(folder))
     )
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, access_log=False))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, http=Protocol, log_config=None, access_log=False))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()))
     thread.start()
     while not server.started:
