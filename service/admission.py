@@ -3,7 +3,8 @@
 At most `concurrency` searches run; the others wait in one bounded queue, first come first served. A search that
 cannot be answered before its deadline is turned away at once, because work that comes too late costs the ones
 behind it. Before anything is turned away beams get narrower: every `_PATIENCE` rounds of waiting searches cost one
-rung of the ladder (width, width/2, width/4), which keeps the queue short when it is still cheap to do so.
+rung of the ladder (width, width/2, width/4), which keeps the queue short when it is still cheap to do so: a half-wide
+beam hardly changes an answer, a wait is felt.
 """
 
 import asyncio
@@ -17,7 +18,7 @@ from service.problems import Refused
 
 NARROW_BEAM = "narrow_beam"
 _RUNGS = 3
-_PATIENCE = 1
+_PATIENCE = 0.5
 _WEIGHT = 0.1
 _MARGIN = 2.0  # estimates are means: twice as much is planned for
 
@@ -116,7 +117,7 @@ class Admission:
 
     def _choose(self, kind: Hashable, rungs: tuple[int, ...], left: float) -> int:
         """The widest beam that the queue allows and that fits into the time left; the narrowest if none does."""
-        pressed = min(self.waiting // (_PATIENCE * self._concurrency), len(rungs) - 1)
+        pressed = min(int(self.waiting / (_PATIENCE * self._concurrency)), len(rungs) - 1)
         fitting = (width for width in rungs[pressed:] if self._times.estimate(kind, width) <= left)
         return next(fitting, rungs[-1])
 

@@ -2,7 +2,7 @@
 
 It borrows jobs from the queue, asks its provider (the bundle's rules, or a language model if one is set), and stores
 entries. A failure is tried again after a growing pause and given up after MAX_ATTEMPTS; a worker that dies gives its
-jobs back when their lease ends. Any number of workers may run.
+jobs back when their lease ends, and a job that its workers died of is given up, too. Any number of workers may run.
 """
 
 import asyncio
@@ -82,6 +82,9 @@ class Worker:
 
     async def _settle(self, claim: Claim) -> None:
         job, started = claim.job, time.monotonic()
+        if claim.attempts > MAX_ATTEMPTS:  # its workers died of it, or it would be settled
+            await self._give_up(claim, {"error": "abandoned", "attempts": claim.attempts})
+            return
         try:
             entries = await self._entries(job)
         except StateUnavailable:
@@ -93,17 +96,22 @@ class Worker:
         self._metrics.done(time.monotonic() - started, time.time() - job.at)
 
     async def _failed(self, claim: Claim, error: Exception) -> None:
-        given_up = claim.attempts >= MAX_ATTEMPTS
-        fields = {"error": type(error).__name__, "attempts": claim.attempts, "given_up": given_up}
+        fields: dict[str, object] = {"error": type(error).__name__, "attempts": claim.attempts}
         if isinstance(error, ProviderError):
             fields["reason"] = str(error)
-        logger.warning("keywords failed", extra={"fields": fields})
-        self._metrics.failed(given_up)
-        if given_up:
-            await self._store.keywords.bury(claim.job.key, time.time())
-        else:
-            pause = min(FIRST_PAUSE * 2 ** (claim.attempts - 1), LONGEST_PAUSE)
-            await self._store.keywords.retry(claim.job.key, time.time() + pause)
+        if claim.attempts >= MAX_ATTEMPTS:
+            await self._give_up(claim, fields)
+            return
+        logger.warning("keywords failed", extra={"fields": fields | {"given_up": False}})
+        self._metrics.failed(given_up=False)
+        pause = min(FIRST_PAUSE * 2 ** (claim.attempts - 1), LONGEST_PAUSE)
+        await self._store.keywords.retry(claim.job.key, time.time() + pause)
+
+    async def _give_up(self, claim: Claim, fields: dict[str, object]) -> None:
+        """Make a dead letter of a job."""
+        logger.warning("keywords failed", extra={"fields": fields | {"given_up": True}})
+        self._metrics.failed(given_up=True)
+        await self._store.keywords.bury(claim.job.key, time.time())
 
     async def _entries(self, job: Job) -> dict[str, Entry]:
         key = entry_key(job.query)

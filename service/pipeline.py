@@ -18,7 +18,7 @@ from service.deployment import Deployment, Variant
 from service.events import Exposure
 from service.memory import Memory
 from service.problems import HeaderError, NotFound
-from service.result_cache import Found, ResultCache, result_key
+from service.result_cache import Found, Outcome, ResultCache, Twins, result_key
 from service.schemas import EventRequest, ProfileRequest, SearchRequest
 from service.settings import Settings
 from service.telemetry import Metrics
@@ -75,6 +75,7 @@ class Pipeline:
         self._admission = Admission(settings.concurrency, settings.queue_limit, metrics.load)
         self._metrics = metrics
         self._results = ResultCache(settings.result_cache) if settings.result_cache else None
+        self._twins = Twins()
 
     def choose(self, caller: Caller, user: str | None) -> tuple[Variant, Mapping[str, str]]:
         """The forced variant, else the one of the bucket key, the user or the request, in this order.
@@ -145,19 +146,28 @@ class Pipeline:
     async def _find(
         self, variant: Variant, context: SearchContext, options: SearchOptions, spent: dict[str, float]
     ) -> tuple[Found, int]:
-        """`_run`, unless the cache knows what it would find."""
-        assert self._results is not None
+        """`_run`, unless the cache knows what it would find or an equal search is finding it."""
+        results = self._results
+        assert results is not None
         asked, version = time.perf_counter(), variant.engine.live.snapshot.version
         key = result_key(variant, version, self._deployment.rates.version, context, options)
-        known = self._results.get(key, time.monotonic())
+        known = results.get(key, time.monotonic())
         spent["cache"] = _ms_since(asked)
-        self._metrics.result(known is not None)
         if known is not None:
+            self._metrics.result("hit")
             return known, options.width
-        found, width = await self._run(variant, context, options, spent)
-        if width == options.width and not found.degraded and found.catalog_version == version:
-            self._results.put(key, found, time.monotonic())
-        return found, width
+
+        async def run() -> Outcome:
+            found, width = await self._run(variant, context, options, spent)
+            if width == options.width and not found.degraded and found.catalog_version == version:
+                results.put(key, found, time.monotonic())
+            return found, width
+
+        outcome, shared = await self._twins.once(key, run, options.deadline)
+        self._metrics.result("shared" if shared else "miss")
+        if shared:
+            spent["queue"] = round(_ms_since(asked) - spent["cache"], 3)
+        return outcome
 
     async def _run(
         self, variant: Variant, context: SearchContext, options: SearchOptions, spent: dict[str, float]

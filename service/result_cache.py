@@ -1,18 +1,22 @@
-"""Answers that may be given again: a bounded cache in this process of what searches found.
+"""Answers that may be given again: a bounded cache in this process of what searches found, and what runs right now.
 
 Its key is everything an answer follows from, so that no entry is ever wrong and nothing must be invalidated: the
 variant and its model, the catalog's version, the rates that order the items of a SID, the context (query, history,
 keywords) and the options. Entries end after `FRESH_SECONDS` all the same: a model on a server may change unseen.
 """
 
+import asyncio
 import hashlib
+import time
 from collections import OrderedDict
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from onesearch.context import SearchContext
+from onesearch.errors import DeadlineError
 from onesearch.search import SearchOptions
 from onesearch.sid import Codes
 from service.deployment import Variant
@@ -49,6 +53,42 @@ def result_key(
     engine = variant.engine
     parts = (variant.name, engine.name, engine.model_version, catalog_version, rates_version, context, options)
     return hashlib.blake2b(repr(parts).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+Outcome = tuple[Found, int]
+"""What a search found and the beam width it had."""
+
+
+class Twins:
+    """Searches that run now: equal ones wait for the first of them instead of running too. On the event loop only."""
+
+    def __init__(self) -> None:
+        self._running: dict[bytes, asyncio.Future[Outcome | None]] = {}
+
+    async def once(
+        self, key: bytes, run: Callable[[], Awaitable[Outcome]], deadline: float
+    ) -> tuple[Outcome, bool]:
+        """The outcome of a search and whether it was another's, which ran already under the same key.
+
+        deadline: `time.monotonic()`. A search that fails is told to nobody else: the next in line runs for itself.
+        Raises what `run` raises, and DeadlineError when the deadline passes meanwhile.
+        """
+        while (running := self._running.get(key)) is not None:
+            try:
+                async with asyncio.timeout(deadline - time.monotonic()):
+                    outcome = await asyncio.shield(running)
+            except TimeoutError:
+                raise DeadlineError("the deadline passed while an equal search ran") from None
+            if outcome is not None:
+                return outcome, True
+        mine = self._running[key] = asyncio.get_running_loop().create_future()
+        outcome = None
+        try:
+            outcome = await run()
+            return outcome, False
+        finally:
+            del self._running[key]
+            mine.set_result(outcome)
 
 
 class ResultCache:

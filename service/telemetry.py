@@ -115,9 +115,9 @@ class Metrics:
         """Count one keyword lookup: found for the user, for the query, or missing."""
         self._keywords.labels(result).inc()
 
-    def result(self, known: bool) -> None:
-        """Count one lookup in the cache of answers."""
-        self._results.labels("hit" if known else "miss").inc()
+    def result(self, outcome: Literal["hit", "shared", "miss"]) -> None:
+        """Count one lookup in the cache of answers; shared: an equal search was running already."""
+        self._results.labels(outcome).inc()
 
     def queue(self, waiting: int, dead: int, lag_seconds: float) -> None:
         """Tell the state of the keyword queue."""

@@ -94,10 +94,22 @@ async def test_work_whose_deadline_has_passed_is_not_started() -> None:
 
 
 async def test_beams_narrow_step_by_step_with_the_queue_and_widen_when_it_is_gone() -> None:
-    gate = Admission(1, 100)
-    widths = await asyncio.gather(*(use(gate, 0.001) for _ in range(7)))
-    # Waiting behind them when they start: 0, then 5, 4, 3, 2 (two rungs down), 1 (one), 0.
-    assert widths == [512, 128, 128, 128, 128, 256, 512]
+    gate = Admission(2, 100)
+    release = [asyncio.Event() for _ in range(7)]
+    given: list[int] = []
+
+    async def one(number: int) -> None:
+        async with gate.slot("bundle", 512, 20, time.monotonic() + 60) as width:
+            given.append(width)
+            await release[number].wait()
+
+    searches = [asyncio.create_task(one(i)) for i in range(7)]
+    for event in release:
+        await asyncio.sleep(0.001)
+        event.set()
+    await asyncio.gather(*searches)
+    # Waiting behind them when they start: none behind the first two, then 4, 3, 2 (two rungs down), 1 (one), none.
+    assert given == [512, 512, 128, 128, 128, 256, 512]
     assert await use(gate, 0) == 512
 
 

@@ -115,6 +115,20 @@ async def test_failures_are_tried_again_and_then_given_up(store: Store, monkeypa
     assert (state.waiting, state.dead) == (0, 1)
 
 
+async def test_a_job_that_kills_its_workers_is_given_up(store: Store) -> None:
+    """Nobody settles it, so nothing but the number of leases tells."""
+    now = time.time()
+    await store.keywords.enqueue([Job("deadly", None, now - 100)], now - 100)
+    for lease in range(MAX_ATTEMPTS):  # workers that take it and die
+        assert len(await store.keywords.claim(1, 1.0, now - 100 + lease * 2)) == 1
+    await store.keywords.enqueue([Job("good", None, now)], now)
+    provider = Provider()
+    await worker_of(store, provider).step()
+    assert provider.asked == ["good"]
+    state = await store.keywords.queue(time.time())
+    assert (state.waiting, state.dead) == (0, 1)
+
+
 async def test_what_a_search_led_to_never_reaches_its_own_keywords(store: Store) -> None:
     asked = time.time()
     await store.users.set_profile("ann", "24-30 F", asked)

@@ -1,7 +1,10 @@
 """The cache of answers: a hit is the miss again, and whatever an answer follows from makes it a miss."""
 
+import asyncio
 import re
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,11 +14,12 @@ import pytest
 from service_fakes import FIRST_ID, FakeRunner, fake_deployment, fake_engine, fake_settings
 from starlette.testclient import TestClient
 
+from onesearch.errors import DeadlineError
 from onesearch.live import Change
 from service.admission import Admission, Overloaded
 from service.app import create_app
 from service.deployment import Deployment
-from service.result_cache import ENTRY_BYTES, FRESH_SECONDS, Found, ResultCache
+from service.result_cache import ENTRY_BYTES, FRESH_SECONDS, Found, Outcome, ResultCache, Twins
 from service.store import Store, open_store
 from service.variants import VariantOptions, WeightedSplit
 
@@ -208,3 +212,74 @@ def test_an_answer_ends_in_time() -> None:
     cache.put(b"1", found(1), 100.0)
     assert cache.get(b"1", 100.0 + FRESH_SECONDS - 0.1)
     assert cache.get(b"1", 100.0 + FRESH_SECONDS) is None
+
+
+def outcome(width: int) -> Outcome:
+    return found(1), width
+
+
+@pytest.mark.anyio
+async def test_equal_searches_run_once_and_others_for_themselves() -> None:
+    twins, ran = Twins(), []
+
+    async def ask(key: bytes) -> tuple[Outcome, bool]:
+        async def run() -> Outcome:
+            ran.append(key)
+            await asyncio.sleep(0.01)
+            return outcome(len(ran))
+
+        return await twins.once(key, run, time.monotonic() + 9)
+
+    told = await asyncio.gather(*(ask(key) for key in (b"a", b"a", b"b", b"a")))
+    assert ran == [b"a", b"b"]
+    assert [shared for _, shared in told] == [False, True, False, True]
+    assert told[0][0] is told[1][0] is told[3][0]
+    assert not (await ask(b"a"))[1]  # nothing is kept
+
+
+@pytest.mark.anyio
+async def test_a_search_that_fails_or_is_given_up_fails_alone_and_a_late_one_does_not_wait() -> None:
+    twins, tries = Twins(), 0
+
+    async def run() -> Outcome:
+        nonlocal tries
+        tries += 1
+        mine = tries
+        await asyncio.sleep(0.02)
+        if mine == 1:
+            raise Overloaded("full", 1)
+        if mine == 2:
+            await asyncio.sleep(60)
+        return outcome(mine)
+
+    async def ask(patience: float = 9.0) -> tuple[Outcome, bool]:
+        return await twins.once(b"a", run, time.monotonic() + patience)
+
+    asked = [asyncio.create_task(ask()) for _ in range(3)]
+    impatient = asyncio.create_task(ask(0.005))
+    with pytest.raises(Overloaded):
+        await asked[0]
+    with pytest.raises(DeadlineError, match="equal search"):
+        await impatient
+    await asyncio.sleep(0.03)
+    asked[1].cancel()  # its client has gone while it ran for both
+    (_, width), shared = await asked[2]
+    assert (width, shared) == (3, False)
+
+
+def test_a_crowd_with_one_question_is_one_search_with_an_answer_each(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search = shop.runner.search
+
+    async def slow(context: Any, options: Any) -> Any:
+        await asyncio.sleep(0.3)
+        return await search(context, options)
+
+    monkeypatch.setattr(shop.runner, "search", slow)
+    with ThreadPoolExecutor(6) as crowd:
+        answers = list(crowd.map(lambda _: shop.search(), range(6)))
+    assert len(shop.runner.seen) == 1
+    assert len({answer.json()["request_id"] for answer in answers}) == 6
+    assert len({OWN.sub(b"", answer.content) for answer in answers}) == 1
+    assert 'onesearch_result_lookups_total{result="shared"} 5.0' in shop.client.get("/metrics").text
