@@ -2,9 +2,9 @@
 
 At most `concurrency` searches run; the others wait in one bounded queue, first come first served. A search that
 cannot be answered before its deadline is turned away at once, because work that comes too late costs the ones
-behind it. Before anything is turned away beams get narrower: every `_PATIENCE` rounds of waiting searches cost one
-rung of the ladder (width, width/2, width/4), which keeps the queue short when it is still cheap to do so: a half-wide
-beam hardly changes an answer, a wait is felt.
+behind it. Before anything is turned away beams get narrower: each half round of waiting searches costs one rung of
+the ladder (width, width/2, width/4), which keeps the queue short when it is still cheap to do so. The pressure of a
+burst fades over `_MEMORY` seconds: wide beams in the middle of a burst would only let the queue grow again.
 """
 
 import asyncio
@@ -18,7 +18,7 @@ from service.problems import Refused
 
 NARROW_BEAM = "narrow_beam"
 _RUNGS = 3
-_PATIENCE = 0.5
+_MEMORY = 0.1
 _WEIGHT = 0.1
 _MARGIN = 2.0  # estimates are means: twice as much is planned for
 
@@ -60,6 +60,7 @@ class Admission:
         self._slots = asyncio.Semaphore(concurrency)
         self._times = ServiceTimes()
         self.waiting = self.running = 0
+        self._pressure, self._felt = 0.0, -math.inf
 
     @asynccontextmanager
     async def slot(self, kind: Hashable, width: int, limit: int, deadline: float) -> AsyncIterator[int]:
@@ -116,10 +117,17 @@ class Admission:
         self._announce(self.waiting, self.running)
 
     def _choose(self, kind: Hashable, rungs: tuple[int, ...], left: float) -> int:
-        """The widest beam that the queue allows and that fits into the time left; the narrowest if none does."""
-        pressed = min(int(self.waiting / (_PATIENCE * self._concurrency)), len(rungs) - 1)
+        """The widest beam that the pressure allows and that fits into the time left; the narrowest if none does."""
+        pressed = min(int(2 * self._press() / self._concurrency), len(rungs) - 1)
         fitting = (width for width in rungs[pressed:] if self._times.estimate(kind, width) <= left)
         return next(fitting, rungs[-1])
+
+    def _press(self) -> float:
+        """Searches waiting now, or what has not faded of those that waited before, if that is more."""
+        now = time.monotonic()
+        faded = self._pressure * math.exp((self._felt - now) / _MEMORY)
+        self._pressure, self._felt = max(faded, float(self.waiting)), now
+        return self._pressure
 
 
 def ladder(width: int, limit: int) -> tuple[int, ...]:

@@ -1,11 +1,16 @@
 """The inference seam: one method that turns a context into ranked rows, without blocking the event loop."""
 
 import asyncio
+import os
+import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 from onesearch.context import SearchContext
 from onesearch.search import Searcher, SearchOptions, SearchResult
+
+_YIELD = 5  # steps of niceness
 
 
 class InferenceRunner(Protocol):
@@ -25,7 +30,7 @@ class EmbeddedRunner:
 
     def __init__(self, searcher: Searcher, concurrency: int) -> None:
         self._searcher = searcher
-        self._pool = ThreadPoolExecutor(max_workers=concurrency, thread_name_prefix="search")
+        self._pool = ThreadPoolExecutor(concurrency, "search", _yield_to_the_loop)
 
     async def search(self, context: SearchContext, options: SearchOptions) -> SearchResult:
         """See `InferenceRunner.search`."""
@@ -35,3 +40,13 @@ class EmbeddedRunner:
     async def close(self) -> None:
         """See `InferenceRunner.close`."""
         await asyncio.to_thread(self._pool.shutdown)
+
+
+def _yield_to_the_loop() -> None:
+    """Lower the priority of the calling thread, so that a search on every core does not delay the event loop.
+
+    Where threads have no priority of their own (other than on Linux) nothing changes.
+    """
+    if sys.platform == "linux":
+        thread = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, thread, min(19, os.getpriority(os.PRIO_PROCESS, thread) + _YIELD))
