@@ -54,8 +54,7 @@ class BeamSearch {
 
   // Logits are [rows, row_size]. Throws std::invalid_argument naming a value that is not finite.
   void advance(const float* logits) {
-    measure(logits);
-    for (const std::uint32_t r : best_first()) scan(asked_[r], logits + r * row_size(), bounds_[r]);
+    expand(logits);
     if (ask_more()) return;
     follow(logits);
     begin_level();
@@ -75,7 +74,8 @@ class BeamSearch {
   }
 
  private:
-  static constexpr std::size_t kFew = 8;          // values not worth a call of a vector kernel
+  // Candidates, per place among the best and of one row, from which on a filter pays.
+  static constexpr std::size_t kMany = 3, kFew = 8;
 
   struct Beam {
     std::array<Code, kMaxLevels> codes;
@@ -86,8 +86,7 @@ class BeamSearch {
   };
   // A candidate's score is `base + (logit - shift)`.
   struct Softmax {
-    double base;
-    float shift;
+    double base, shift;
   };
 
   bool last() const { return level_ + 1 == levels(); }
@@ -155,7 +154,14 @@ class BeamSearch {
       children_[added_[i].beam].shared = {shared_.data() + added_[i].shared, shared_.data() + added_[i + 1].shared};
     }
     first_place_[0] = 0;
-    for (std::size_t b = 0; b < beams_.size(); ++b) first_place_[b + 1] = first_place_[b] + children_[b].places();
+    std::uint32_t most = 0;
+    for (std::size_t b = 0; b < beams_.size(); ++b) {
+      most = std::max(most, children_[b].places());
+      first_place_[b + 1] = first_place_[b] + children_[b].places();
+    }
+    values_.resize(std::max<std::size_t>(values_.size(), most + 1));
+    hits_.resize(values_.size());
+    places_.resize(values_.size());
   }
 
   // Place of a settled beam's only legal child.
@@ -164,78 +170,138 @@ class BeamSearch {
     return child.base == kNone ? children_[b].alone[0].position : children_[b].place(child.base - children_[b].begin);
   }
 
-  // Softmax of every row and the most that a candidate of it can score. The sums of all rows come first, because a
-  // logarithm at the end of each would make the next one wait.
-  void measure(const float* logits) {
-    sums_.resize(rows());
+  // Every row's softmax and candidates, a few rows at a time, so that they are scanned while they are still in the
+  // nearest cache. With many candidates the most promising rows come first: they give a floor that spares the others
+  // most of the work.
+  void expand(const float* logits) {
     bounds_.resize(rows());
-    for (std::uint32_t r = 0; r < rows(); ++r) {
-      const float* const row = logits + r * row_size();
-      if (options_.legal)  // scan() adds up the legal children; here only to see what is not finite
-        sums_[r].sum = double{kernels_.max_finite(row, row_size())};
-      else
-        sums_[r] = kernels_.exp_sum(row, row_size());
+    order_.resize(rows());
+    std::iota(order_.begin(), order_.end(), 0u);
+    const bool many = first_place_.back() > kMany * best_.capacity();
+    std::size_t done = 0;
+    if (many) {
+      done = promising_first();
+      const std::span<const std::uint32_t> promising{order_.data(), done};
+      for (std::size_t i = 0; i < done; i += kRowsAtOnce) add_up(promising.subspan(i), logits);
+      raise_floor(promising, logits);
+      for (const std::uint32_t r : promising) scan(r, logits, many);
     }
-    for (std::uint32_t r = 0; r < rows(); ++r) {
-      const auto [max, shift, sum] = sums_[r];
+    for (std::size_t i = done; i < rows(); i += kRowsAtOnce) {
+      const std::span<const std::uint32_t> few{order_.data() + i, std::min(kRowsAtOnce, rows() - i)};
+      add_up(few, logits);
+      for (const std::uint32_t r : few) scan(r, logits, many);
+    }
+  }
+
+  // Moves the rows of the best beams to the front; returns how many.
+  std::size_t promising_first() {
+    if (rows() == 0) return 0;
+    scores_.resize(rows());
+    for (std::uint32_t r = 0; r < rows(); ++r) scores_[r] = beams_[asked_[r]].score;
+    const auto bar = scores_.begin() + static_cast<std::ptrdiff_t>(rows() / 8);
+    std::nth_element(scores_.begin(), bar, scores_.end(), std::greater<>());
+    const double least = *bar;
+    const auto rest = std::stable_partition(order_.begin(), order_.end(),
+                                            [&](std::uint32_t r) { return beams_[asked_[r]].score >= least; });
+    return static_cast<std::size_t>(rest - order_.begin());
+  }
+
+  // Softmax of the first kRowsAtOnce of some rows and the most that a candidate of them can score.
+  void add_up(std::span<const std::uint32_t> rows, const float* logits) {
+    std::array<const float*, kRowsAtOnce> at;
+    std::array<ExpSum, kRowsAtOnce> sums;
+    const std::size_t count = std::min(kRowsAtOnce, rows.size());
+    for (std::size_t i = 0; i < count; ++i) at[i] = logits + rows[i] * row_size();
+    if (options_.legal) {  // collect() adds up the legal children; here only to see what is not finite
+      for (std::size_t i = 0; i < count; ++i) sums[i] = {0.0f, 0.0, double{kernels_.max_finite(at[i], row_size())}};
+    } else {
+      kernels_.exp_sums(at.data(), count, row_size(), sums.data());
+    }
+    for (std::size_t i = 0; i < count; ++i) {
+      if (std::isnan(sums[i].sum)) refuse(logits);
+      const std::uint32_t b = asked_[rows[i]];
+      if (!options_.legal) softmax_[b] = {beams_[b].score - std::log(sums[i].sum), sums[i].shift};
+      bounds_[rows[i]] = options_.legal ? beams_[b].score : score(b, sums[i].max);
+    }
+  }
+
+  // Finds a score that enough candidates of some rows reach, before any is chosen.
+  void raise_floor(std::span<const std::uint32_t> rows, const float* logits) {
+    sample_.clear();
+    float largest = 0.0f;
+    for (const std::uint32_t r : rows) {
       const std::uint32_t b = asked_[r];
-      if (std::isnan(sum)) refuse(logits);
-      if (!options_.legal) softmax_[b] = {beams_[b].score - std::log(sum), shift};
-      bounds_[r] = options_.legal ? beams_[b].score : score(b, max);
+      const std::span<const float> values = collect(b, logits + r * row_size());
+      const auto offset = static_cast<float>(softmax_[b].base - softmax_[b].shift);
+      largest = std::max(largest, std::abs(offset));
+      const std::size_t before = sample_.size();
+      sample_.resize(before + values.size());
+      for (std::size_t i = 0; i < values.size(); ++i) sample_[before + i] = values[i] + offset;
     }
+    if (sample_.size() < best_.capacity()) return;
+    const float reached = high_value();
+    best_.raise(double{reached} - 2e-7 * (1.0 + double{largest + std::abs(reached)}));  // the sample is rounded twice
   }
 
-  // All rows, the most promising eighth first: they raise the floor that spares the others most of the work. Both
-  // parts are in memory order, which the processor fetches ahead.
-  std::span<const std::uint32_t> best_first() {
-    order_.clear();
-    if (asked_.empty()) return order_;
-    sorted_ = bounds_;
-    const auto bar = sorted_.begin() + static_cast<std::ptrdiff_t>(sorted_.size() / 8);
-    std::nth_element(sorted_.begin(), bar, sorted_.end(), std::greater<>());
-    for (const bool good : {true, false})
-      for (std::uint32_t r = 0; r < asked_.size(); ++r)
-        if ((bounds_[r] > *bar) == good) order_.push_back(r);
-    return order_;
-  }
-
-  void scan(std::uint32_t b, const float* row, double bound) {
-    if (bound < best_.lowest_score()) return;
-    collect(children_[b], row);
-    if (options_.legal) {
-      const float max = largest();
-      softmax_[b] = {beams_[b].score - std::log(kernels_.sum_exp(values_.data(), values_.size(), max)), max};
-    }
-    if (values_.size() > 2 * best_.capacity()) best_.raise(score(b, high_value()));
-    const bool numbered = renumber(children_[b]);
-    for (const std::uint32_t hit : hits(b))
-      best_.push(make_key(score(b, values_[hit]), first_place_[b] + (numbered ? places_[hit] : hit)));
-  }
-
-  // A value that at least as many others reach as there are places among the best, and not many more.
+  // A value that at least as many of sample_ reach as there are places among the best, and not many more.
   float high_value() const {
     const auto good = [this](float bar) {
-      return kernels_.count(values_.data(), values_.size(), bar) >= best_.capacity();
+      return kernels_.count(sample_.data(), sample_.size(), bar) >= best_.capacity();
     };
-    float above = largest(), step = 1.0f;
+    float above = kernels_.max_finite(sample_.data(), sample_.size()), step = 1.0f;
     while (!good(above - step)) step *= 2.0f;
-    for (int halvings = 0; halvings < 6; ++halvings) {
+    for (int halvings = 0; halvings < 8; ++halvings) {
       step /= 2.0f;
       if (!good(above - step)) above -= step;
     }
     return above - step;
   }
 
+  void scan(std::uint32_t r, const float* logits, bool many) {
+    if (bounds_[r] < best_.lowest_score()) return;
+    const std::uint32_t b = asked_[r];
+    const std::span<const float> values = collect(b, logits + r * row_size());
+    const std::uint32_t* const places = renumber(children_[b]) ? places_.data() : nullptr;
+    const auto push = [&](std::uint32_t i) {
+      best_.push(make_key(score(b, values[i]), first_place_[b] + (places ? places[i] : i)));
+    };
+    if (many && values.size() > kFew)
+      for (const std::uint32_t i : hits(b, values)) push(i);
+    else
+      for (std::uint32_t i = 0; i < values.size(); ++i) push(i);
+  }
+
   // Whether the legal children are others than the base's, so that values_ is numbered by places_.
   bool renumber(const Children& children) const { return layers_.base().mask || !children.alone.empty(); }
 
-  // Logits of a prefix's legal children, in code order, to values_ and, where renumber says so, their places to
-  // places_.
-  void collect(const Children& children, const float* row) {
-    const Code* codes = layers_.level(level_).codes + children.begin;
-    values_.resize(children.places());
-    if (!renumber(children)) return gather(row, codes, children.size, values_.data());
-    places_.resize(children.places());
+  // Logits of a beam's legal children, in code order, and, where renumber says so, their places in places_. In `legal`
+  // mode their softmax as well.
+  std::span<const float> collect(std::uint32_t b, const float* row) {
+    const Children& children = children_[b];
+    const Code* const codes = layers_.level(level_).codes + children.begin;
+    std::uint32_t count = 0;
+    if (renumber(children)) {
+      count = collect_legal(children, codes, row);
+    } else {
+      count = children.size;
+      gather(row, codes, count, values_.data());
+    }
+    const std::span<const float> values{values_.data(), count};
+    if (options_.legal) {
+      ExpSum exp;
+      const float* const row_of_legal = values.data();
+      kernels_.exp_sums(&row_of_legal, 1, values.size(), &exp);
+      softmax_[b] = {beams_[b].score - std::log(exp.sum), exp.shift};
+    }
+    return values;
+  }
+
+  static void gather(const float* row, const Code* codes, std::uint32_t n, float* out) {
+#pragma GCC unroll 8
+    for (std::uint32_t i = 0; i < n; ++i) out[i] = row[codes[i]];
+  }
+
+  std::uint32_t collect_legal(const Children& children, const Code* codes, const float* row) {
     std::uint32_t count = 0, k = 0;
     const auto add_alone_before = [&](std::uint32_t place) {
       for (; k < children.alone.size() && children.alone[k].position == place; ++k, ++place) {
@@ -250,32 +316,20 @@ class BeamSearch {
       count += layers_.base().legal(level_, children.begin + i);
     }
     add_alone_before(children.size + k);
-    values_.resize(count);
+    return count;
   }
 
-  static void gather(const float* row, const Code* codes, std::uint32_t n, float* out) {
-#pragma GCC unroll 8
-    for (std::uint32_t i = 0; i < n; ++i) out[i] = row[codes[i]];
-  }
-
-  // The largest of values_; most nodes of the lower levels have a child or two.
-  float largest() const {
-    if (values_.size() > kFew) return kernels_.max_finite(values_.data(), values_.size());
-    return *std::max_element(values_.begin(), values_.end());
-  }
-
-  // Positions in values_ that may still reach the floor. Rounding the bar down by one float keeps the filter safe:
+  // Positions in `values` that may still reach the floor. Rounding the bar down by one float keeps the filter safe:
   // that step is far wider than the rounding of the double arithmetic behind it.
-  std::span<const std::uint32_t> hits(std::uint32_t b) {
-    const double lowest = best_.lowest_score() - softmax_[b].base + double{softmax_[b].shift};
+  std::span<const std::uint32_t> hits(std::uint32_t b, std::span<const float> values) {
+    const double lowest = best_.lowest_score() - softmax_[b].base + softmax_[b].shift;
     const float bar = std::nextafter(static_cast<float>(lowest), -std::numeric_limits<float>::infinity());
-    hits_.resize(std::max(hits_.size(), values_.size()));
-    const auto at_least = values_.size() > kFew ? kernels_.at_least : portable::at_least;
-    return {hits_.data(), at_least(values_.data(), values_.size(), bar, hits_.data())};
+    return {hits_.data(), kernels_.at_least(values.data(), values.size(), bar, hits_.data())};
   }
 
+  // Never above the parent's, also where the sum is rounded: `ask_more` relies on it.
   double score(std::uint32_t b, float logit) const {
-    return softmax_[b].base + (static_cast<double>(logit) - static_cast<double>(softmax_[b].shift));
+    return std::min(beams_[b].score, softmax_[b].base + (static_cast<double>(logit) - softmax_[b].shift));
   }
 
   // Make the chosen candidates the new beams. Beams and places are both in code order, so parents are found by a
@@ -322,11 +376,13 @@ class BeamSearch {
   };
   std::vector<Contribution> added_;
   std::vector<Softmax> softmax_;            // of each beam
-  std::vector<ExpSum> sums_;                // of each row
-  std::vector<double> bounds_, sorted_;     // the most that a candidate of each row can score
+  std::vector<double> bounds_;              // the most that a candidate of each row can score
+  std::vector<double> scores_;
+  std::vector<std::uint32_t> order_;        // of the rows
+  std::vector<float> sample_;               // scores of some candidates
   BestKeys best_;
   // Of one row.
-  std::vector<std::uint32_t> order_, hits_, places_;
+  std::vector<std::uint32_t> hits_, places_;
   std::vector<float> values_;
 };
 

@@ -15,18 +15,18 @@ namespace sid {
 
 // max: the largest of some values; sum: Σ exp(value - shift).
 struct ExpSum {
-  float max, shift;
-  double sum;
+  float max;
+  double shift, sum;
 };
+
+constexpr std::size_t kRowsAtOnce = 8;
 
 struct Kernels {
   // Largest of x[0 … n), or NaN when any of them is not finite. n > 0.
   float (*max_finite)(const float* x, std::size_t n);
-  // Σ exp(x[i] - max), each term a float within 2 ulp.
-  double (*sum_exp)(const float* x, std::size_t n, float max);
-  // All of it for x[0 … n), with a shift that keeps the sum within the range of a double; the sum is NaN when any of
-  // them is not finite. n > 0.
-  ExpSum (*exp_sum)(const float* x, std::size_t n);
+  // All of it for up to kRowsAtOnce rows of n > 0 values, with a shift that keeps the sum within the range of a double,
+  // to 1e-6 of the sum; the sum is NaN when any value is not finite. A row's result depends on nothing but the row.
+  void (*exp_sums)(const float* const* rows, std::size_t count, std::size_t n, ExpSum* out);
   // How many x[i] >= bar.
   std::size_t (*count)(const float* x, std::size_t n, float bar);
   // Positions with x[i] >= bar, ascending, written to out (room for n); returns how many.
@@ -63,7 +63,7 @@ template <class Pack>
 template <class Max, class Sum>
 inline ExpSum exp_sum_with(Max max_finite, Sum sum_exp, const float* x, std::size_t n) {
   const float max = max_finite(x, n);
-  return {max, max, std::isnan(max) ? double{max} : sum_exp(x, n, max)};
+  return {max, double{max}, std::isnan(max) ? double{max} : sum_exp(x, n, max)};
 }
 
 // exp(x) for x <= 0: x = k ln2 + r with |r| <= ln2 / 2, then a degree-6 polynomial (Cephes coefficients).
@@ -101,6 +101,7 @@ inline float exp_term(float x) {
   return std::bit_cast<float>(std::bit_cast<std::uint32_t>(p) + (std::bit_cast<std::uint32_t>(shifted) << 23));
 }
 
+// Σ exp(x[i] - max), each term a float within 2 ulp.
 inline double sum_exp(const float* x, std::size_t n, float max) {
   std::array<double, 8> sum{};
   std::size_t i = 0;
@@ -134,9 +135,11 @@ inline void lift(const std::uint64_t* bits, const std::uint64_t* ends, std::size
   lift_with(pack, bits, ends, words, out);
 }
 
-inline ExpSum exp_sum(const float* x, std::size_t n) { return exp_sum_with(max_finite, sum_exp, x, n); }
+inline void exp_sums(const float* const* rows, std::size_t count, std::size_t n, ExpSum* out) {
+  for (std::size_t r = 0; r < count; ++r) out[r] = exp_sum_with(max_finite, sum_exp, rows[r], n);
+}
 
-constexpr Kernels kernels{max_finite, sum_exp, exp_sum, count, at_least, lift};
+constexpr Kernels kernels{max_finite, exp_sums, count, at_least, lift};
 
 }  // namespace portable
 

@@ -92,7 +92,9 @@ SID_AVX2 inline double sum_exp(const float* x, std::size_t n, float max) {
   return (sum[0] + sum[2]) + (sum[1] + sum[3]);
 }
 
-inline ExpSum exp_sum(const float* x, std::size_t n) { return exp_sum_with(max_finite, sum_exp, x, n); }
+inline void exp_sums(const float* const* rows, std::size_t count, std::size_t n, ExpSum* out) {
+  for (std::size_t r = 0; r < count; ++r) out[r] = exp_sum_with(max_finite, sum_exp, rows[r], n);
+}
 
 SID_AVX2 inline std::size_t at_least(const float* x, std::size_t n, float bar, std::uint32_t* out) {
   const __m256 limit = _mm256_set1_ps(bar);
@@ -122,11 +124,13 @@ inline bool supported() {
 
 #undef SID_AVX2
 
-constexpr Kernels kernels{max_finite, sum_exp, exp_sum, portable::count, at_least, lift};
+constexpr Kernels kernels{max_finite, exp_sums, portable::count, at_least, lift};
 
 }  // namespace avx2
 
 namespace avx512 {
+
+using namespace expf_constants;
 
 #define SID_AVX512 __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl")))
 
@@ -158,29 +162,39 @@ SID_AVX512 inline float max_finite(const float* x, std::size_t n) {
   return _mm512_reduce_max_ps(max[0]);
 }
 
-alignas(64) inline const std::array<float, 32> kPowers = [] {  // 2^(i / 32)
-  std::array<float, 32> powers{};
-  for (int i = 0; i < 32; ++i) powers[static_cast<std::size_t>(i)] = static_cast<float>(std::exp2(i / 32.0));
+// exp(x) in base 2: x log2(e) = shift + i / 32 + f with |f| <= 1/64. 2^(i / 32) is put together from a table and the
+// exponent, 2^f is a quadratic (minimax with a constant term of exactly 1, relative error 5e-8). log2(e) as a float adds
+// |x - shift| 1.4e-8.
+constexpr float kGrid = kRound / 32;  // adding it leaves round(32 x) in the low mantissa bits
+constexpr float kLinear = 0.693157331f, kSquare = 0.240226507f;
+
+// Such that adding i << 18 gives the bits of 2^(i / 32), also when i >= 32.
+alignas(64) inline const std::array<std::uint32_t, 32> kPowers = [] {
+  std::array<std::uint32_t, 32> powers{};
+  for (std::uint32_t i = 0; i < 32; ++i)
+    powers[i] = std::bit_cast<std::uint32_t>(static_cast<float>(std::exp2(i / 32.0))) - (i << 18);
   return powers;
 }();
 
-// Adds exp(x - shift) of W vectors. In base 2: x log2(e) = n / 32 + f with |f| <= 1/64; 2^(n / 32) from a table and
-// the exponent, 2^f by a quadratic (minimax with a constant term of exactly 1, relative error 5e-8). log2(e) as a
-// float adds |x| 2e-8: nothing for the terms that count in a sum. A term of what is not finite, or
-// below -1e19, is NaN.
-template <std::size_t W>
-SID_AVX512 inline void add_terms(const __m512 (&x)[W], __m512 shift, __m512 (&sum)[W]) {
-  using namespace expf_constants;
-  const __m512 round = _mm512_set1_ps(kRound / 32), scale = _mm512_set1_ps(kLog2e), one = _mm512_set1_ps(1.0f);
-  const __m512 linear = _mm512_set1_ps(0.693157331f), square = _mm512_set1_ps(0.240226507f);
-  const __m512 low = _mm512_load_ps(kPowers.data()), high = _mm512_load_ps(kPowers.data() + 16);
-  for (std::size_t j = 0; j < W; ++j) {
-    const __m512 d = _mm512_sub_ps(x[j], shift);
-    const __m512 shifted = _mm512_fmadd_ps(d, scale, round), rounded = _mm512_sub_ps(shifted, round);
-    const __m512 f = _mm512_fmsub_ps(d, scale, rounded);
+constexpr std::size_t kPage = 4096;  // processors do not fetch ahead across pages by themselves
+
+struct Exp {
+  __m512 to_grid;  // kGrid - shift
+  __m512i lowest;  // where the exponent field is zero: the power is exactly zero there and below
+};
+
+// Adds 2^(x log2(e) - shift), to a float, of four vectors. What is not finite, or below -1e38, gives NaN.
+SID_AVX512 inline void add_terms(const __m512 (&x)[4], const Exp& by, __m512 (&sum)[4]) {
+  const __m512 scale = _mm512_set1_ps(kLog2e), one = _mm512_set1_ps(1.0f);
+  const __m512 linear = _mm512_set1_ps(kLinear), square = _mm512_set1_ps(kSquare);
+  const __m512i low = _mm512_load_si512(kPowers.data()), high = _mm512_load_si512(kPowers.data() + 16);
+  for (std::size_t j = 0; j < 4; ++j) {
+    const __m512 shifted = _mm512_fmadd_ps(x[j], scale, by.to_grid);
+    const __m512 f = _mm512_fmsub_ps(x[j], scale, _mm512_sub_ps(shifted, by.to_grid));
     const __m512 p = _mm512_fmadd_ps(_mm512_fmadd_ps(f, square, linear), f, one);
-    const __m512 power = _mm512_permutex2var_ps(low, _mm512_castps_si512(shifted), high);
-    sum[j] = _mm512_fmadd_ps(p, _mm512_scalef_ps(power, rounded), sum[j]);
+    const __m512i i = _mm512_max_epi32(_mm512_castps_si512(shifted), by.lowest);
+    const __m512i power = _mm512_add_epi32(_mm512_permutex2var_epi32(low, i, high), _mm512_slli_epi32(i, 18));
+    sum[j] = _mm512_fmadd_ps(p, _mm512_castsi512_ps(power), sum[j]);
   }
 }
 
@@ -188,47 +202,65 @@ SID_AVX512 inline __m512d widened(__m512 v) {  // pairs of lanes, added in doubl
   return _mm512_add_pd(_mm512_cvtps_pd(_mm512_castps512_ps256(v)), _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1)));
 }
 
-// Eight terms are added as floats before they join the sum in double: three or four roundings, 2e-7 at worst.
-SID_AVX512 inline ExpSum one_pass(const float* x, std::size_t n, float shift_by) {
-  const __m512 shift = _mm512_set1_ps(shift_by), zero = _mm512_setzero_ps();
-  __m512 max[4] = {shift, shift, shift, shift};
-  __m512d sum = _mm512_setzero_pd();
+// The lanes of a row's maximum and sum. Up to 34 terms are added as floats before they join the sum in double: ten
+// roundings. Right only while no x is more than 87 above the shift.
+SID_AVX512 [[gnu::always_inline]] inline void sum_lanes(const float* x, std::size_t n, const Exp& by, __m512& highest,
+                                                        __m512d& sum) {
+  const __m512 zero = _mm512_setzero_ps(), first = _mm512_set1_ps(x[0]);
+  __m512 max[4] = {first, first, first, first};
+  __m512 v[4], e[4] = {zero, zero, zero, zero};
+  sum = _mm512_setzero_pd();
   std::size_t i = 0;
-  for (; i + 128 <= n; i += 128) {
-    __m512 v[4], e[4] = {zero, zero, zero, zero};
-    for (std::size_t half = 0; half < 128; half += 64) {
+  for (std::size_t stop = 512; i + 64 <= n; stop += 512) {
+    for (; i + 64 <= std::min(n, stop); i += 64) {
       for (std::size_t j = 0; j < 4; ++j) {
-        v[j] = _mm512_loadu_ps(x + i + half + 16 * j);
+        _mm_prefetch(reinterpret_cast<const char*>(x + i + 16 * j) + kPage, _MM_HINT_T0);
+        v[j] = _mm512_loadu_ps(x + i + 16 * j);
         max[j] = _mm512_max_ps(max[j], v[j]);
       }
-      add_terms<4>(v, shift, e);
+      add_terms(v, by, e);
     }
     sum = _mm512_add_pd(sum, widened(_mm512_add_ps(_mm512_add_ps(e[0], e[1]), _mm512_add_ps(e[2], e[3]))));
+    for (auto& each : e) each = zero;
   }
-  for (; i < n; i += 16) {
-    const __mmask16 here = lanes(n - i);
-    const __m512 v[1] = {_mm512_maskz_loadu_ps(here, x + i)};
-    __m512 e[1] = {zero};
-    max[0] = _mm512_mask_max_ps(max[0], here, max[0], v[0]);
-    add_terms<1>(v, shift, e);
-    sum = _mm512_add_pd(sum, widened(_mm512_maskz_mov_ps(here, e[0])));
+  if (i < n) {
+    for (std::size_t j = 0; j < 4; ++j) {
+      const __mmask16 here = i + 16 * j < n ? lanes(n - i - 16 * j) : 0;
+      v[j] = _mm512_mask_loadu_ps(_mm512_set1_ps(-1e6f), here, x + i + 16 * j);
+      max[j] = _mm512_mask_max_ps(max[j], here, max[j], v[j]);
+    }
+    add_terms(v, by, e);
+    sum = _mm512_add_pd(sum, widened(_mm512_add_ps(_mm512_add_ps(e[0], e[1]), _mm512_add_ps(e[2], e[3]))));
   }
-  max[0] = _mm512_max_ps(_mm512_max_ps(max[0], max[1]), _mm512_max_ps(max[2], max[3]));
-  return {_mm512_reduce_max_ps(max[0]), shift_by, _mm512_reduce_add_pd(sum)};
+  highest = _mm512_max_ps(_mm512_max_ps(max[0], max[1]), _mm512_max_ps(max[2], max[3]));
 }
 
-// What is beyond the range of add_terms is left to the kernel that clamps it.
-SID_AVX512 inline double sum_exp(const float* x, std::size_t n, float max) {
-  const double sum = one_pass(x, n, max).sum;
-  return std::isnan(sum) ? avx2::sum_exp(x, n, max) : sum;
+// With a shift of about `near`. Lanes of all rows are added up at the end, so that no row waits for that of the one
+// before.
+SID_AVX512 inline void sum_rows(const float* const* rows, std::size_t count, std::size_t n, float near, ExpSum* out) {
+  const float shift = std::nearbyint(near * kLog2e * 32) / 32;
+  const Exp by{_mm512_set1_ps(kGrid - shift), _mm512_castps_si512(_mm512_set1_ps(kGrid - 127))};
+  __m512 max[kRowsAtOnce];
+  __m512d sum[kRowsAtOnce];
+  for (std::size_t r = 0; r < count; ++r) sum_lanes(rows[r], n, by, max[r], sum[r]);
+  for (std::size_t r = 0; r < count; ++r)
+    out[r] = {_mm512_reduce_max_ps(max[r]), double{shift} / double{kLog2e}, _mm512_reduce_add_pd(sum[r])};
 }
 
-// The shift is a guess. A far larger maximum would cost precision: then there is a second pass.
-SID_AVX512 inline ExpSum exp_sum(const float* x, std::size_t n) {
-  constexpr float kFar = 16.0f;
-  ExpSum exp = one_pass(x, n, std::max(std::max(x[0], x[n / 2]), x[n - 1]));
-  if (exp.max - exp.shift > kFar) exp = one_pass(x, n, exp.max);
-  return std::isfinite(exp.sum) ? exp : exp_sum_with(max_finite, avx2::sum_exp, x, n);
+// Without a shift where the maximum allows it, which is the rule; else once more; what is beyond kGrid's range, another
+// way.
+SID_AVX512 inline void exp_sums(const float* const* rows, std::size_t count, std::size_t n, ExpSum* out) {
+  constexpr float kFar = 40.0f, kBeyond = 5e4f;
+  constexpr std::size_t kShort = 16;  // not worth it; and a single value must have a sum of exactly 1
+  if (n < kShort) return avx2::exp_sums(rows, count, n, out);
+  sum_rows(rows, count, n, 0.0f, out);
+  for (std::size_t r = 0; r < count; ++r) {
+    const float max = out[r].max;
+    if (std::abs(max) < kFar && std::isfinite(out[r].sum)) continue;
+    sum_rows(rows + r, 1, n, max, out + r);
+    if (!(std::abs(max) < kBeyond && std::isfinite(out[r].sum)))
+      out[r] = exp_sum_with(max_finite, avx2::sum_exp, rows[r], n);
+  }
 }
 
 SID_AVX512 inline std::size_t count(const float* x, std::size_t n, float bar) {
@@ -260,7 +292,7 @@ inline bool supported() {
 
 #undef SID_AVX512
 
-constexpr Kernels kernels{max_finite, sum_exp, exp_sum, count, at_least, avx2::lift};
+constexpr Kernels kernels{max_finite, exp_sums, count, at_least, avx2::lift};
 
 }  // namespace avx512
 
