@@ -90,7 +90,10 @@ def serve_app(app: FastAPI, settings: Settings, sockets: list[socket] | None = N
     gc.collect()
     gc.freeze()  # what is open now stays, so no collection looks at it again: one that did would stop every search
     server = DrainingServer(server_config(app, settings), app.state.readiness, settings.notice_seconds)
-    server.run(sockets)
+    try:
+        server.run(sockets)
+    finally:
+        gc.unfreeze()  # else what is frozen outlives the interpreter's last collection and is reported as leaked
 
 
 class Supervisor:
