@@ -126,7 +126,7 @@ class Admission:
         """Searches waiting now, or what has not faded of those that waited before, if that is more."""
         now = time.monotonic()
         faded = self._pressure * math.exp((self._felt - now) / _MEMORY)
-        self._pressure, self._felt = max(faded, float(self.waiting)), now
+        self._pressure, self._felt = max(faded, self.waiting), now
         return self._pressure
 
 

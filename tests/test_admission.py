@@ -68,11 +68,14 @@ async def test_a_full_queue_turns_away_at_once() -> None:
         await use(gate, 0)
     assert caught.value.retry_after >= 1
     await asyncio.gather(*running)
-    await asyncio.sleep(0.5)
+    await asyncio.sleep(0.5)  # until the pressure has faded
     assert await use(gate, 0) == 512
 
 
-async def test_a_queue_too_long_for_the_deadline_turns_away_at_once_and_a_patient_search_waits() -> None:
+async def test_a_queue_too_long_for_the_deadline_turns_away_at_once_and_a_patient_search_waits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("service.admission._MEMORY", 1e-9)
     gate = Admission(1, 100)
     for width in (512, 256, 128):
         gate._times.observe("bundle", width, 0.04)
@@ -82,7 +85,7 @@ async def test_a_queue_too_long_for_the_deadline_turns_away_at_once_and_a_patien
     with pytest.raises(Overloaded):
         await use(gate, 0, patience=0.05)
     assert time.monotonic() - before < 0.03
-    assert await use(gate, 0, patience=5) in ladder(512, 20)
+    assert await use(gate, 0, patience=5) == 512
     await asyncio.gather(*running)
 
 
@@ -98,19 +101,42 @@ async def test_work_whose_deadline_has_passed_is_not_started() -> None:
     await running
 
 
-async def test_beams_narrow_with_the_queue_and_widen_when_its_pressure_has_faded(
+async def test_beams_narrow_step_by_step_with_the_queue_and_widen_when_it_is_gone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("service.admission._MEMORY", 1e-9)
     gate = Admission(2, 100)
-    widths = await asyncio.gather(*(use(gate, 0.001) for _ in range(7)))
-    # Waiting behind them when they start: 0, 0, then 4, 3, 2 (two rungs down), 1 (one), 0.
-    assert widths == [512, 512, 128, 128, 128, 256, 512]
-    monkeypatch.setattr("service.admission._MEMORY", 0.1)
-    await asyncio.gather(*(use(gate, 0.001) for _ in range(7)))
-    assert await use(gate, 0) == 128  # a burst just ended
-    await asyncio.sleep(0.3)  # 4 waiting fade below half a round in 0.21 s
+    release = [asyncio.Event() for _ in range(7)]
+    given: list[int] = []
+
+    async def one(number: int) -> None:
+        async with gate.slot("bundle", 512, 20, time.monotonic() + 60) as width:
+            given.append(width)
+            await release[number].wait()
+
+    searches = [asyncio.create_task(one(i)) for i in range(7)]
+    for event in release:
+        await asyncio.sleep(0.001)
+        event.set()
+    await asyncio.gather(*searches)
+    # Waiting behind them when they start: none behind the first two, then 4, 3, 2 (two rungs down), 1 (one), none.
+    assert given == [512, 512, 128, 128, 128, 256, 512]
     assert await use(gate, 0) == 512
+
+
+async def test_the_pressure_of_a_burst_fades(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr("service.admission.time.monotonic", lambda: clock[0])
+    gate = Admission(2, 100)
+    gate.waiting = 4
+    assert gate._choose("bundle", ladder(512, 20), 9) == 128
+    gate.waiting = 0
+    widths = []
+    for _ in range(4):
+        clock[0] += 0.05
+        widths.append(gate._choose("bundle", ladder(512, 20), 9))
+    # 4 e^-0.5 = 2.4 and e^-1 = 1.5 of it: two rungs down, then one; 0.9 and 0.5: none.
+    assert widths == [128, 256, 512, 512]
 
 
 async def test_a_beam_narrows_to_fit_the_time_left_and_an_idle_service_always_tries() -> None:
