@@ -185,13 +185,18 @@ class Catalog:
         """Number of distinct SIDs M, equal to the trie's."""
         return len(self._leaf_starts) - 1
 
+    def index(self, item_ids: Iterable[int]) -> Rows:
+        """Row of each id, int64 [m]; -1 where there is none."""
+        wanted = np.asarray(list(item_ids), dtype=np.int64)
+        if not self.num_items:
+            return np.full(len(wanted), -1)
+        at = np.minimum(np.searchsorted(self._sorted_ids, wanted), self.num_items - 1)
+        return np.where(self._sorted_ids[at] == wanted, self._by_id[at], -1)
+
     def rows_of(self, item_ids: Iterable[int]) -> Rows:
         """Rows of the ids that exist, in the given order, int64 [m]."""
-        wanted = np.asarray(list(item_ids), dtype=np.int64)
-        at = np.searchsorted(self._sorted_ids, wanted)
-        here = at < self.num_items
-        here[here] = self._sorted_ids[at[here]] == wanted[here]
-        return np.asarray(self._by_id[at[here]], dtype=np.int64)
+        rows = self.index(item_ids)
+        return rows[rows >= 0]
 
     def row_of(self, item_id: int) -> int | None:
         """Row of one item, None when it is not in the catalog."""

@@ -12,7 +12,7 @@ Legend: N base rows, L levels, n rows asked, S leaves (the base's, then the adde
 """
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -104,18 +104,20 @@ class Snapshot:
         self.trie: AnyTrie = Overlay(base.trie, self._added_trie) if added.num_items else base.trie
         self._all = self._select(Filters())
 
-    def rows_of(self, item_ids: Iterable[int]) -> Rows:
+    def rows_of(self, item_ids: Sequence[int]) -> Rows:
         """Rows of the ids that are live, in the given order, int64 [m]."""
-        found = (self.row_of(item_id) for item_id in item_ids)
-        return np.asarray([row for row in found if row is not None], dtype=np.int64)
+        rows = self.base.catalog.index(item_ids)
+        if len(self.hidden):
+            rows = np.where(np.isin(rows, self.hidden), -1, rows)
+        if self.added.num_items:
+            late = self.added.index(item_ids)
+            rows = np.where(late >= 0, self._start + late, rows)
+        return rows[rows >= 0]
 
     def row_of(self, item_id: int) -> int | None:
         """Row of one item, None when it is not live."""
-        row = self.added.row_of(item_id)
-        if row is not None:
-            return self._start + row
-        row = self.base.catalog.row_of(item_id)
-        return None if row is None or _holds(self.hidden, row) else row
+        rows = self.rows_of([item_id])
+        return int(rows[0]) if len(rows) else None
 
     def sids_of(self, item_ids: Sequence[int]) -> Codes:
         """SIDs uint16 [m, L] of the ids that are live, in the given order."""
@@ -218,11 +220,6 @@ class Snapshot:
         values = np.empty((len(rows), *of_base.shape[1:]), dtype=of_base.dtype)
         values[~late], values[late] = of_base[rows[~late]], of_added[rows[late] - self._start]
         return values
-
-
-def _holds(ascending: Rows, value: int) -> bool:
-    at = int(np.searchsorted(ascending, value))
-    return at < len(ascending) and int(ascending[at]) == value
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,7 @@ def test_a_body_is_the_item_as_json(tmp_path: Path) -> None:
 def test_unknown_ids_are_left_out(tmp_path: Path) -> None:
     catalog, items, sids, _ = write(tmp_path)
     assert catalog.row_of(10**9) is None
+    assert catalog.index([10**9, items[3].item_id, -1]).tolist() == [-1, catalog.row_of(items[3].item_id), -1]
     found = catalog.sids_of([items[3].item_id, 10**9, items[1].item_id])
     assert found.tolist() == sids[[3, 1]].tolist()
     assert catalog.sids_of([]).shape == (0, 5)

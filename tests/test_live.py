@@ -141,6 +141,11 @@ def test_after_any_changes_it_equals_a_catalog_written_anew(
             row = world.live.snapshot.row_of(item_id)
             assert (row is None) == (item_id not in world.now)
             assert row is None or world.live.snapshot.item(row) == world.now[item_id][0]
+        asked = data.draw(st.lists(IDS, max_size=30))
+        rows = world.live.snapshot.rows_of(asked)
+        assert [world.live.snapshot.item(row).item_id for row in rows.tolist()] == [
+            i for i in asked if i in world.now
+        ]
 
 
 def test_every_change_changes_the_version_and_compaction_does_not(tmp_path: Path) -> None:
