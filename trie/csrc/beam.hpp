@@ -198,7 +198,7 @@ class BeamSearch {
     if (rows() == 0) return 0;
     scores_.resize(rows());
     for (std::uint32_t r = 0; r < rows(); ++r) scores_[r] = beams_[asked_[r]].score;
-    const auto bar = scores_.begin() + static_cast<std::ptrdiff_t>(rows() / 8);
+    const auto bar = scores_.begin() + static_cast<std::ptrdiff_t>(rows() / 16);
     std::nth_element(scores_.begin(), bar, scores_.end(), std::greater<>());
     const double least = *bar;
     const auto rest = std::stable_partition(order_.begin(), order_.end(),
@@ -218,9 +218,9 @@ class BeamSearch {
       kernels_.exp_sums(at.data(), count, row_size(), sums.data());
     }
     for (std::size_t i = 0; i < count; ++i) {
-      if (std::isnan(sums[i].sum)) refuse(logits);
+      if (std::isnan(sums[i].log_sum)) refuse(logits);
       const std::uint32_t b = asked_[rows[i]];
-      if (!options_.legal) softmax_[b] = {beams_[b].score - std::log(sums[i].sum), sums[i].shift};
+      if (!options_.legal) softmax_[b] = {beams_[b].score - sums[i].log_sum, sums[i].shift};
       bounds_[rows[i]] = options_.legal ? beams_[b].score : score(b, sums[i].max);
     }
   }
@@ -291,7 +291,7 @@ class BeamSearch {
       ExpSum exp;
       const float* const row_of_legal = values.data();
       kernels_.exp_sums(&row_of_legal, 1, values.size(), &exp);
-      softmax_[b] = {beams_[b].score - std::log(exp.sum), exp.shift};
+      softmax_[b] = {beams_[b].score - exp.log_sum, exp.shift};
     }
     return values;
   }
