@@ -21,7 +21,7 @@ Target = Literal["onnx", "triton", "tensorrt"]
 
 
 def export_onnx(path: Path, precision: Precision, say: Callable[[str], None]) -> dict[str, Any]:
-    """Write BUNDLE/graphs and return its stamp; `int8` adds the int8 step to the fp32 graphs.
+    """Write BUNDLE/graphs and return its stamp; `int8` adds the int8 forms to the fp32 graphs.
 
     An earlier export is replaced, and only when the new one has passed. Raises ExportError when the graphs miss
     their parity limits, BundleError when the bundle does not open.
@@ -96,7 +96,7 @@ def _install(new: Path, path: Path) -> None:
 def _main(
     bundle: Annotated[Path, typer.Argument(help="the bundle folder; with --from-hf the one to write")],
     target: Annotated[Target, typer.Option(help="what to export to")] = "onnx",
-    precision: Annotated[Precision, typer.Option(help="int8 adds, or serves, the quantised step graph")] = "fp32",
+    precision: Annotated[Precision, typer.Option(help="int8 adds, or serves, the quantised graphs")] = "fp32",
     out: Annotated[Path | None, typer.Option(help="triton: the repository, tensorrt: the folder to write")] = None,
     graphs: Annotated[
         str, typer.Option(help="triton: in-process (CPU), onnxruntime or tensorrt (GPU)")

@@ -1,4 +1,4 @@
-"""The int8 forms of the step: packed weights for the native decoder, and a quantised graph for other backbones."""
+"""The int8 forms of the graphs: packed weights of the step for the native decoder, quantised graphs for the rest."""
 
 import logging
 from pathlib import Path
@@ -12,17 +12,19 @@ from torch import Tensor
 
 from onesearch.arrays import save_arrays
 from onesearch.model import OneSearchModel
-from onesearch.runtime import INT8_ARRAYS, INT8_GRAPH, NORMS, STEP_FILE
+from onesearch.runtime import INT8_ARRAYS, INT8_PREFILL, INT8_STEP, NORMS, PREFILL_FILE, STEP_FILE
 
 _POSITION_OFFSET = 2
 
 
 def quantise(model: OneSearchModel, graphs: Path) -> None:
-    """Add the int8 step to a folder that holds the fp32 graphs: native arrays for a BART, else a graph."""
+    """Add int8 to a folder that holds the fp32 graphs: the prefill as a graph, the step as native arrays of a BART
+    or as a graph of another network."""
+    quantise_graph(graphs / PREFILL_FILE, graphs / INT8_PREFILL)
     if model.config.backbone == "bart":
         pack_step(model, graphs / INT8_ARRAYS)
     else:
-        quantise_step(graphs / STEP_FILE, graphs / INT8_GRAPH)
+        quantise_graph(graphs / STEP_FILE, graphs / INT8_STEP)
 
 
 def pack_step(model: OneSearchModel, target: Path) -> None:
@@ -83,8 +85,8 @@ def _norm(norm: Any) -> npt.NDArray[np.float32]:
     return np.stack([_array(norm.weight), _array(norm.bias)])
 
 
-def quantise_step(source: Path, target: Path) -> None:
-    """Write the int8 form of a step graph. Products of two activations, and the head, stay in float32.
+def quantise_graph(source: Path, target: Path) -> None:
+    """Write the int8 form of a graph. Products of two activations, and the head, stay in float32.
 
     Weights use 7 of the 8 bits, with one scale per output channel: on CPUs without VNNI the 8-bit product
     saturates its 16-bit partial sums, and a bundle may be served on another machine than it was exported on.

@@ -24,7 +24,8 @@ Logits = npt.NDArray[np.float32]
 Precision = Literal["fp32", "int8"]
 State = TypeVar("State")
 
-PREFILL_FILE, STEP_FILE, INT8_GRAPH, INT8_ARRAYS = "prefill.onnx", "step.onnx", "step.int8.onnx", "step.int8.npz"
+PREFILL_FILE, STEP_FILE = "prefill.onnx", "step.onnx"
+INT8_PREFILL, INT8_STEP, INT8_ARRAYS = "prefill.int8.onnx", "step.int8.onnx", "step.int8.npz"
 PRODUCTS = ("own_q", "own_k", "own_v", "own_out", "cross_q", "cross_out", "up", "down")
 NORMS = ("own_norm", "cross_norm", "last_norm")
 STEP_ARRAYS: dict[str, tuple[str, int]] = {
@@ -81,7 +82,7 @@ class BeamSteps(Generic[State]):
 def open_decoder(
     graphs: Path, vocab: SidVocab, bos: int, threads: int, precision: Precision = "fp32"
 ) -> "OnnxDecoder | Int8Decoder":
-    """The decoder of a graph folder: int8 is native where the export wrote `step.int8.npz`, else ONNX Runtime.
+    """The decoder of a graph folder: int8 steps are native where the export wrote `step.int8.npz`, else a graph.
 
     threads is the number of cores one request may use. Raises ConfigError when a graph is missing or cannot be read.
     """
@@ -96,8 +97,8 @@ def open_decoder(
 class _Prefill:
     """The prefill graph: one prompt in, the context of its beams out."""
 
-    def __init__(self, graphs: Path, threads: int) -> None:
-        self._session = _session(graphs / PREFILL_FILE, threads)
+    def __init__(self, graphs: Path, threads: int, precision: Precision) -> None:
+        self._session = _session(graphs / (PREFILL_FILE if precision == "fp32" else INT8_PREFILL), threads)
         self.names = [output.name for output in self._session.get_outputs()]
 
     def __call__(self, prompt: Prompt) -> list[Any]:
@@ -110,16 +111,16 @@ class _Prefill:
 class OnnxDecoder:
     """Runs the exported graphs of a bundle on the CPU; state stays inside ONNX Runtime between steps.
 
-    graphs holds prefill.onnx and step.onnx (fp32) or step.int8.onnx (int8). threads is the number of cores one
-    request may use. Raises ConfigError when a graph is missing or cannot be read.
+    graphs holds prefill.onnx and step.onnx (fp32) or prefill.int8.onnx and step.int8.onnx (int8). threads is the
+    number of cores one request may use. Raises ConfigError when a graph is missing or cannot be read.
     """
 
     def __init__(
         self, graphs: Path, vocab: SidVocab, bos: int, threads: int, precision: Precision = "fp32"
     ) -> None:
         self._vocab, self._bos = vocab, bos
-        self._prefill = _Prefill(graphs, threads)
-        self._step = _session(graphs / (STEP_FILE if precision == "fp32" else INT8_GRAPH), threads)
+        self._prefill = _Prefill(graphs, threads, precision)
+        self._step = _session(graphs / (STEP_FILE if precision == "fp32" else INT8_STEP), threads)
         states = [i for i in self._step.get_inputs() if i.name.startswith("state_")]
         self._states = [i.name for i in states]
         self._width = int(states[0].shape[-1])
@@ -142,14 +143,14 @@ class OnnxDecoder:
 class Int8Decoder:
     """Prefill by ONNX Runtime, steps by the native int8 decoder, whose memory is used again by later requests.
 
-    graphs holds prefill.onnx and step.int8.npz; threads is the number of cores one request may use; kernels names
+    graphs holds prefill.int8.onnx and step.int8.npz; threads is the number of cores one request may use; kernels names
     an instruction set of `decoder.kernels()`, the fastest by default. Raises ConfigError when a file is missing or
     cannot be read.
     """
 
     def __init__(self, graphs: Path, vocab: SidVocab, bos: int, threads: int, kernels: str = "") -> None:
         self._vocab, self._bos, self._threads = vocab, bos, threads
-        self._prefill = _Prefill(graphs, threads)
+        self._prefill = _Prefill(graphs, threads, "int8")
         try:
             self._model = _native_model(load_arrays(graphs / INT8_ARRAYS, STEP_ARRAYS), vocab, kernels)
         except (BundleError, ValueError) as error:
@@ -190,6 +191,8 @@ def _values(arrays: Mapping[str, npt.NDArray[Any]]) -> dict[str, Any]:
 def _session(path: Path, threads: int) -> Any:
     import onnxruntime
 
+    if not path.exists():
+        raise ConfigError(f"graph {path}: is missing; export the bundle again, for int8 with --precision int8")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1

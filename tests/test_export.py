@@ -67,7 +67,7 @@ def test_decoder_only_bundles_export_and_search_like_their_torch_model(tmp_path,
 def test_the_stamp_says_what_was_made_and_how_close_it_is(exported):
     path, stamp, _ = exported
     assert stamp["digest"] == open_bundle(path).manifest.digest
-    assert sorted(stamp["files"]) == ["prefill.onnx", "step.int8.npz", "step.onnx"]
+    assert sorted(stamp["files"]) == ["prefill.int8.onnx", "prefill.onnx", "step.int8.npz", "step.onnx"]
     fp32, int8 = stamp["parity"]["fp32"], stamp["parity"]["int8"]
     assert fp32["examples"] == 3 and fp32["overlap_top_10"] == 1
     assert 0 < fp32["logits"] <= 1e-4 and fp32["scores"] <= 1e-4

@@ -7,7 +7,7 @@ from test_model import walk
 from tiny import tiny_prompt
 from tiny_bundle import CODEBOOKS
 
-from model_export.quantise import quantise_step
+from model_export.quantise import quantise_graph
 from onesearch.bundle import open_bundle
 from onesearch.decode import BeamConfig, beam_search
 from onesearch.errors import ConfigError
@@ -72,7 +72,8 @@ def test_int8_is_close_but_not_the_same(renderer, graphs):
 def test_a_quantised_graph_serves_where_there_are_no_native_arrays(renderer, graphs, tmp_path):
     for name in ("prefill.onnx", "step.onnx"):
         shutil.copy(graphs / name, tmp_path)
-    quantise_step(tmp_path / "step.onnx", tmp_path / "step.int8.onnx")
+    for name in ("prefill", "step"):
+        quantise_graph(tmp_path / f"{name}.onnx", tmp_path / f"{name}.int8.onnx")
     exact, rough = (open_decoder(tmp_path, renderer.sids, renderer.bos, 1, p) for p in ("fp32", "int8"))
     assert isinstance(rough, OnnxDecoder)
     prompt = tiny_prompt(renderer)
@@ -114,6 +115,9 @@ def test_missing_broken_or_unknown_graphs_are_config_errors(renderer, graphs, tm
         OnnxDecoder(tmp_path, renderer.sids, renderer.bos, 1)
     with pytest.raises(ConfigError, match="'fp8' is unknown, expected one of fp32, int8"):
         open_decoder(graphs, renderer.sids, renderer.bos, 1, "fp8")
+    with pytest.raises(ConfigError, match=r"prefill\.int8\.onnx: is missing; export the bundle again"):
+        open_decoder(tmp_path, renderer.sids, renderer.bos, 1, "int8")
+    shutil.copy(graphs / "prefill.int8.onnx", tmp_path)
     content = (graphs / "step.int8.npz").read_bytes()
     for damaged in (b"PK", content[:-500], content.replace(b"own_q_scale", b"own_q_scald")):
         (tmp_path / "step.int8.npz").write_bytes(damaged)
