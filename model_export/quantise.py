@@ -103,6 +103,7 @@ def quantise_graph(source: Path, target: Path) -> None:
             per_channel=True,
             reduce_range=True,
             extra_options={"MatMulConstBOnly": True},
+            use_external_data_format=source.with_name(f"{source.name}.data").exists(),
         )
     finally:
         logger.setLevel(level)

@@ -17,7 +17,7 @@ from onesearch.context import SearchContext
 from onesearch.decode import BeamResult
 from onesearch.errors import BundleError, ExportError
 from onesearch.model import TorchDecoder
-from onesearch.runtime import OnnxDecoder
+from onesearch.runtime import OnnxDecoder, open_decoder
 from onesearch.search import Searcher, SearchOptions, replay, score_gap
 
 
@@ -30,9 +30,30 @@ def bundle_path(exported, tmp_path):
 @pytest.fixture
 def quick_export(exported, monkeypatch):
     """Tracing takes seconds: take the graphs that were written before."""
+    reuse_graphs(monkeypatch, exported[0] / "graphs")
+
+
+def reuse_graphs(monkeypatch, graphs):
     for name in ("prefill", "step"):
-        graph = exported[0] / "graphs" / f"{name}.onnx"
+        graph = graphs / f"{name}.onnx"
         monkeypatch.setattr(to_onnx, f"export_{name}", lambda model, path, graph=graph: shutil.copy(graph, path))
+
+
+def scramble(monkeypatch, name):
+    """From here on the int8 graph of that name is exported with its weights in another order."""
+    quantised = quantise.quantise
+
+    def scrambled(model, graphs):
+        quantised(model, graphs)
+        proto = onnx.load(graphs / name)
+        for tensor in proto.graph.initializer:
+            if tensor.data_type == onnx.TensorProto.INT8 and (weight := onnx.numpy_helper.to_array(tensor)).ndim:
+                other = np.random.default_rng(0).permutation(weight.ravel()).reshape(weight.shape)
+                tensor.CopyFrom(onnx.numpy_helper.from_array(other, tensor.name))
+        onnx.save(proto, graphs / name)
+
+    monkeypatch.setattr(quantise, "quantise", scrambled)
+    monkeypatch.setitem(parity.LIMITS, "int8", parity.Limits())
 
 
 def command(*arguments):
@@ -50,11 +71,16 @@ def test_an_exported_bundle_opens_and_its_graphs_replay_the_golden_examples(expo
 
 
 @pytest.mark.parametrize("backbone", ["gpt2", "qwen3"])
-def test_decoder_only_bundles_export_and_search_like_their_torch_model(tmp_path, backbone):
+def test_decoder_only_bundles_export_and_search_like_their_torch_model(tmp_path, backbone, monkeypatch):
     path, model = write_tiny_bundle(tmp_path, backbone)
-    stamp = export_onnx(path, "fp32", lambda step: None)
-    assert stamp["parity"]["fp32"]["logits"] <= 1e-4
+    stamp = export_onnx(path, "int8", lambda step: None)
+    fp32, int8 = stamp["parity"]["fp32"], stamp["parity"]["int8"]
+    assert fp32["logits"] <= 1e-4 and fp32["logits"] < int8["logits"] < 0.5
+    assert sorted(stamp["files"]) == ["prefill.int8.onnx", "prefill.onnx", "step.int8.onnx", "step.onnx"]
+    assert int8["searches"] == 2 and int8["overlap_top_10"] >= 0.95
     bundle = open_bundle(path)
+    rough = open_decoder(bundle.graphs, bundle.renderer.sids, bundle.renderer.bos, 1, "int8")
+    assert replay(Searcher(bundle, rough), bundle.examples, "int8") == []
     decoder = OnnxDecoder(bundle.graphs, bundle.renderer.sids, bundle.renderer.bos, 1)
     assert replay(Searcher(bundle, decoder), bundle.examples) == []
     answer = Searcher(bundle, decoder).search(SearchContext("blue bag"), SearchOptions(limit=5))
@@ -62,6 +88,11 @@ def test_decoder_only_bundles_export_and_search_like_their_torch_model(tmp_path,
         SearchContext("blue bag"), SearchOptions(limit=5)
     )
     assert answer.rows.tolist() == expected.rows.tolist() and len(answer.rows) == 5
+    reuse_graphs(monkeypatch, path / "graphs")
+    scramble(monkeypatch, "step.int8.onnx")
+    with pytest.raises(ExportError, match=r"int8: top 10 overlaps fp32 by 0\.\d+ on 2 held-out searches"):
+        export_onnx(path, "int8", lambda step: None)
+    assert open_bundle(path).graph_stamp == stamp
 
 
 def test_the_stamp_says_what_was_made_and_how_close_it_is(exported):
@@ -105,6 +136,12 @@ def test_int8_that_loses_results_is_not_stamped(bundle_path, quick_export, monke
     with pytest.raises(ExportError, match=r"int8: top 10 overlaps fp32 by 0\.\d+ on 2 held-out searches"):
         export_onnx(bundle_path, "int8", lambda step: None)
     assert open_bundle(bundle_path).graphs is None
+
+
+def test_the_gate_judges_the_int8_prefill_too(bundle_path, quick_export, monkeypatch):
+    scramble(monkeypatch, "prefill.int8.onnx")
+    with pytest.raises(ExportError, match=r"int8: top 10 overlaps fp32 by 0\.\d+ on 2 held-out searches"):
+        export_onnx(bundle_path, "int8", lambda step: None)
 
 
 def test_the_gate_refuses_a_loss_that_its_interval_can_see():
