@@ -293,6 +293,19 @@ def test_extreme_finite_logits_are_searched_not_refused():
     assert result.scores[0] == 0.0
 
 
+@pytest.mark.parametrize("score", SCORES)
+def test_scores_beyond_the_range_of_a_float_end_the_search_all_the_same(score):
+    sizes, top = (4, 3, 2), np.finfo(np.float32).max
+    trie = SidTrie.build(np.argwhere(np.ones(sizes)), sizes)
+
+    def step(codes, parents):
+        return np.tile(np.float32([-top] * (sizes[codes.shape[1]] - 1) + [top]), (len(codes), 1))
+
+    result = beam_search(step, trie, BeamConfig(8, 4, score))
+    assert result.codes[0].tolist() == [3, 2, 1]
+    assert result.scores.tolist() == [0.0, -np.inf, -np.inf, -np.inf]
+
+
 def test_scores_are_accurate_to_float32_for_long_rows():
     size = 4096
     trie = SidTrie.build(np.arange(size)[:, None], (size,))

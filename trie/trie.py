@@ -41,12 +41,10 @@ class SidTrie:
         array = _integers(codes, "codes")
         if array.ndim != 2:
             raise ValueError(f"codes has {array.ndim} dimensions, expected 2 (items, levels)")
-        for level, size in enumerate(sizes):
-            if not 1 <= size <= 65536:
-                raise ValueError(f"sizes[{level}] is {size}, expected 1..65536")
+        whole = _sizes(sizes)
         if array.dtype != np.uint16:
-            _check_range(array, sizes)
-        return cls(Trie.build(np.ascontiguousarray(array, dtype=np.uint16), [int(size) for size in sizes]))
+            _check_range(array, whole)
+        return cls(Trie.build(np.ascontiguousarray(array, dtype=np.uint16), whole))
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Self:
@@ -145,11 +143,21 @@ class SidTrie:
         """State of one beam search (used by `onesearch.decode`); chunk > 0 asks for that many rows at a time on the
         last level. Raises ValueError unless 1 <= top_n <= width and the mask is one of this trie."""
         if mask is not None and not isinstance(mask, EdgeMask):
-            raise ValueError("the mask belongs to an overlay, expected one of this trie")
+            raise ValueError(f"the mask is {type(mask).__name__}, expected one that `subset` of this trie made")
         return Beam(self.native, width, top_n, legal, mask, chunk)
 
 
 _POPULATE: int = getattr(mmap, "MAP_POPULATE", 0)  # Linux: one call maps all pages instead of a fault for each
+
+
+def _sizes(sizes: Sequence[int]) -> list[int]:
+    array = _integers(sizes, "sizes")
+    if array.ndim != 1:
+        raise ValueError(f"sizes has {array.ndim} dimensions, expected 1 (levels)")
+    for level, size in enumerate(array.tolist()):
+        if not 1 <= size <= 65536:
+            raise ValueError(f"sizes[{level}] is {size}, expected 1..65536")
+    return [int(size) for size in array]
 
 
 def _integers(values: npt.ArrayLike, name: str) -> npt.NDArray[Any]:
@@ -161,7 +169,7 @@ def _integers(values: npt.ArrayLike, name: str) -> npt.NDArray[Any]:
     return array
 
 
-def _check_range(codes: npt.NDArray[Any], sizes: Sequence[int]) -> None:
+def _check_range(codes: npt.NDArray[Any], sizes: list[int]) -> None:
     if codes.shape[1] != len(sizes):
         raise ValueError(f"codes has {codes.shape[1]} columns, sizes has {len(sizes)} levels")
     bad = (codes < 0) | (codes >= np.asarray(sizes))

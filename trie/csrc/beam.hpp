@@ -239,16 +239,19 @@ class BeamSearch {
       for (std::size_t i = 0; i < values.size(); ++i) sample_[before + i] = values[i] + offset;
     }
     if (sample_.size() < best_.capacity()) return;
-    const float reached = high_value();
+    const float top = kernels_.max_finite(sample_.data(), sample_.size());
+    if (std::isnan(top)) return;  // a score beyond the range of a float
+    const float reached = high_value(top);
     best_.raise(double{reached} - 2e-7 * (1.0 + double{largest + std::abs(reached)}));  // the sample is rounded twice
   }
 
   // A value that at least as many of sample_ reach as there are places among the best, and not many more.
-  float high_value() const {
+  // `above` is the largest of them, all finite.
+  float high_value(float above) const {
     const auto good = [this](float bar) {
       return kernels_.count(sample_.data(), sample_.size(), bar) >= best_.capacity();
     };
-    float above = kernels_.max_finite(sample_.data(), sample_.size()), step = 1.0f;
+    float step = 1.0f;
     while (!good(above - step)) step *= 2.0f;
     for (int halvings = 0; halvings < 8; ++halvings) {
       step /= 2.0f;
