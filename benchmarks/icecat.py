@@ -17,6 +17,7 @@ import polars as pl
 import typer
 
 from onesearch.arrays import write_atomically
+from onesearch.command import run
 from onesearch.errors import DataError, OneSearchError
 from training.columns import UNKNOWN
 from training.tables import Tables, frame, write_tables
@@ -148,4 +149,4 @@ def summary(items: pl.DataFrame, judgements: Sequence[Judgement]) -> str:
 
 
 if __name__ == "__main__":
-    typer.run(_command)
+    run(_command)

@@ -23,6 +23,7 @@ from model_export.to_triton import Serving, export_triton
 from onesearch import remote
 from onesearch.bundle import open_bundle
 from onesearch.catalog import Filters
+from onesearch.command import run
 from onesearch.context import SearchContext
 from onesearch.runtime import open_decoder
 from onesearch.search import Searcher, SearchOptions, SearchResult
@@ -103,4 +104,4 @@ def _told(message: str) -> int:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

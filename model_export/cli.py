@@ -14,6 +14,7 @@ import typer
 
 import decoder
 from onesearch.bundle import GRAPHS, STAMP, Bundle, open_bundle, sha256
+from onesearch.command import run
 from onesearch.errors import ExportError, OneSearchError
 from onesearch.runtime import PREFILL_FILE, STEP_FILE, Precision, open_decoder
 
@@ -173,7 +174,7 @@ def _tensorrt(bundle: Path, out: Path | None, engines: tuple[Any, ...]) -> None:
 
 def main() -> None:
     """Console entry point."""
-    typer.run(_main)
+    run(_main)
 
 
 if __name__ == "__main__":

@@ -32,10 +32,16 @@ from model_export.to_triton import (
     write_version,
 )
 from onesearch import remote
+from onesearch.command import HELP
 from onesearch.errors import ExportError, OneSearchError
 
 LOAD_SECONDS = 600.0
-app = typer.Typer(add_completion=False, no_args_is_help=True, help="Roll out models and catalogs on Triton.")
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    context_settings=HELP,
+    help="Roll out models and catalogs on Triton.",
+)
 Repository = Annotated[Path, typer.Argument(help="the model repository")]
 Server = Annotated[str, typer.Option(help="gRPC address of the server, HOST:PORT")]
 

@@ -12,6 +12,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from onesearch.command import HELP
 from onesearch.errors import OneSearchError
 from service.ab_report import AbReport, analyse, collect
 from service.events import EventLog, Exposure, read_entries
@@ -21,7 +22,7 @@ from service.variants import read_experiment
 
 REFUSED = 2
 _TABLE_WIDTH = 110  # columns of a table that is not shown on a terminal
-app = typer.Typer(no_args_is_help=True, add_completion=False)
+app = typer.Typer(no_args_is_help=True, add_completion=False, context_settings=HELP)
 
 
 @app.callback()

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from onesearch.command import run
 from onesearch.errors import OneSearchError
 from service.settings import load_settings
 from service.workers import REFUSED, Supervisor, open_app, serve_app
@@ -34,4 +35,4 @@ def serve(
 
 def main() -> None:
     """The console script."""
-    typer.run(serve)
+    run(serve)

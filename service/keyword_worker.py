@@ -19,6 +19,7 @@ import typer
 
 from onesearch.bundle import Bundle, open_bundle
 from onesearch.catalog import Catalog
+from onesearch.command import run
 from onesearch.errors import OneSearchError, ProviderError
 from onesearch.llm import LlmClient, LlmConfig, Usage
 from onesearch.taqu import KeywordProvider, LlmProvider, RuleProvider, UserNotes
@@ -200,4 +201,4 @@ def keywords(
 
 def main() -> None:
     """The console script."""
-    typer.run(keywords)
+    run(keywords)

@@ -243,12 +243,14 @@ async def catalog(request: Request) -> CatalogInfo:
     )
 
 
+@router.head("/healthz", include_in_schema=False)
 @router.get("/healthz", tags=["operations"], summary="Liveness")
 async def healthz() -> dict[str, str]:
     """The process answers."""
     return {"status": "alive"}
 
 
+@router.head("/readyz", include_in_schema=False)
 @router.get("/readyz", tags=["operations"], summary="Readiness", responses={503: {"description": "Not ready"}})
 async def readyz(request: Request) -> Response:
     """Whether every variant finds what its bundle's golden examples say; 503 with reasons otherwise."""
@@ -268,6 +270,7 @@ async def metrics(request: Request) -> Response:
     return Response(measured.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
+@router.head("/", include_in_schema=False)
 @router.get("/", include_in_schema=False)
 async def page() -> FileResponse:
     """The search page."""

@@ -6,6 +6,7 @@ misspelt setting that is silently ignored is worse than a service that does not 
 
 import difflib
 import os
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from onesearch.errors import ConfigError
 from onesearch.runtime import Precision
 
 PREFIX = "ONESEARCH_"
-_SECRETS = {"admin_key"}
+_SECRETS = {"admin_key", "llm_key"}
 
 
 class Settings(BaseSettings):
@@ -122,5 +123,5 @@ def _unknown(name: str, known: list[str]) -> str:
 
 
 def _wrong(field: str, value: object, message: str) -> str:
-    shown = "it" if field in _SECRETS else repr(value)
+    shown = "it" if field in _SECRETS else re.sub(r"//[^/@]*@", "//…@", repr(value))  # no password of an address
     return f"{PREFIX}{field.upper()}: {shown} is wrong: {message}"

@@ -427,6 +427,9 @@ def test_readiness_replays_the_golden_examples(running: Running) -> None:
     assert answer.status_code == 200
     assert answer.json()["status"] == "ready"
     assert running.client.get("/healthz").status_code == 200
+    for path in ("/", "/healthz", "/readyz"):  # what `curl -I` and some load balancers send
+        head = running.client.head(path)
+        assert (head.status_code, head.content) == (200, b"")
 
 
 def test_a_service_with_wrong_golden_examples_is_alive_but_not_ready(tmp_path: Path) -> None:

@@ -41,6 +41,14 @@ def test_every_fault_of_the_environment_is_named_at_once(monkeypatch: pytest.Mon
     assert "ONESEARCH_PORT: 70000 is wrong" in text
 
 
+def test_what_is_secret_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"STATE": "postgres://shop:hush@db/0", "ADMIN_KEY": "hush"}.items():
+        monkeypatch.setenv(f"ONESEARCH_{name}", value)
+    with pytest.raises(ConfigError, match=r"postgres://…@db/0(.|\n)*ADMIN_KEY: it is wrong") as caught:
+        load_settings()
+    assert "hush" not in str(caught.value)
+
+
 def test_the_split_is_sticky_weighted_and_salted() -> None:
     weights = {"a": 70.0, "b": 30.0, "off": 0.0}
     variants = {name: VariantOptions(bundle="x", weight=w) for name, w in weights.items()}

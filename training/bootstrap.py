@@ -22,6 +22,7 @@ import orjson
 import polars as pl
 import typer
 
+from onesearch.command import run
 from onesearch.errors import ConfigError, DataError, OneSearchError
 from onesearch.text import normalise
 from training.columns import UNKNOWN
@@ -323,4 +324,4 @@ def _command(
 
 
 if __name__ == "__main__":
-    typer.run(_command)
+    run(_command)

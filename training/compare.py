@@ -14,6 +14,7 @@ import numpy.typing as npt
 import orjson
 import typer
 
+from onesearch.command import run
 from onesearch.errors import DataError
 from training.metrics import Estimate, Floats, hits, paired, per_view, reciprocal
 
@@ -104,7 +105,7 @@ def _command(
 
 def main() -> None:
     """Console entry point."""
-    typer.run(_command)
+    run(_command)
 
 
 if __name__ == "__main__":

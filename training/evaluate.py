@@ -18,6 +18,7 @@ from rich.table import Table
 
 from onesearch.arrays import write_atomically
 from onesearch.bundle import Bundle, open_bundle
+from onesearch.command import run
 from onesearch.context import SearchContext
 from onesearch.decode import Score, StepFn
 from onesearch.errors import OneSearchError
@@ -102,7 +103,7 @@ def _interval(estimate: Estimate, sign: str = "") -> str:
 
 def main() -> None:
     """Console entry point."""
-    typer.run(_main)
+    run(_main)
 
 
 def _main(

@@ -15,6 +15,7 @@ import polars as pl
 import typer
 
 from onesearch.arrays import write_atomically
+from onesearch.command import run
 from onesearch.errors import ConfigError, OneSearchError
 from training.marketplace_log import Ceilings, Log, ceilings, simulate_log
 from training.marketplace_needs import SHARES, Need, build_needs
@@ -115,7 +116,7 @@ def _command(
 
 def main() -> None:
     """Console script `onesearch-simulate`."""
-    typer.run(_command)
+    run(_command)
 
 
 if __name__ == "__main__":

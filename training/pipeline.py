@@ -21,6 +21,7 @@ from rich.console import Console
 from onesearch import __version__
 from onesearch.arrays import write_atomically
 from onesearch.bundle import SCHEMA_VERSION, Bundle, HeldOut, Manifest, open_bundle, open_parts, sha256
+from onesearch.command import run
 from onesearch.context import SearchContext
 from onesearch.embedder import KeywordEmbedder, TextEmbedder
 from onesearch.errors import BundleError, ConfigError, OneSearchError
@@ -230,7 +231,7 @@ def _file_digest(path: Path) -> str:
 
 def main() -> None:
     """Console entry point."""
-    typer.run(_main)
+    run(_main)
 
 
 def _main(

@@ -16,6 +16,7 @@ from typing import Annotated, Protocol
 
 import typer
 
+from onesearch.command import run
 from onesearch.context import MAX_RECENT_ITEMS
 from onesearch.errors import ConfigError, OneSearchError, ProviderError
 from onesearch.keywords import KeywordRules, load_keywords
@@ -274,7 +275,7 @@ def _command(
 
 def main() -> None:
     """Console entry point."""
-    typer.run(_command)
+    run(_command)
 
 
 if __name__ == "__main__":

@@ -143,7 +143,9 @@ class SidTrie:
         """State of one beam search (used by `onesearch.decode`); chunk > 0 asks for that many rows at a time on the
         last level. Raises ValueError unless 1 <= top_n <= width and the mask is one of this trie."""
         if mask is not None and not isinstance(mask, EdgeMask):
-            raise ValueError(f"the mask is {type(mask).__name__}, expected one that `subset` of this trie made")
+            raise ValueError(
+                f"the mask belongs to no trie of this kind: it is {type(mask).__name__}, expected EdgeMask"
+            )
         return Beam(self.native, width, top_n, legal, mask, chunk)
 
 
