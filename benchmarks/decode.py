@@ -11,7 +11,8 @@ returns the best 50 of 512 beams; batch 1, two threads for everybody:
 - CTranslate2 in float32 and int8, unconstrained: it has no per-beam constraint, so this is its best case.
 
 Before anything is timed the fp32 search must equal a beam search written with transformers' BART and full forwards:
-same 50 SIDs, scores within 1e-4. Times are medians in milliseconds, with [lowest, highest].
+same 50 SIDs, scores within 1e-4. Times are medians in milliseconds, with [lowest, highest]. `early_stop` and the score
+`legal` are timed against the default too, after their results were compared with the search that does not stop early.
 """
 
 import argparse
@@ -20,8 +21,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from transformers import BartForConditionalGeneration
 
 import decoder
 from benchmarks import peers
+from benchmarks.floor import multiply_adds, peak_fp32, peak_int8
 from benchmarks.trie import SIZES, catalog, hardware, prefix_dictionary, timed
 from model_export import quantise, to_onnx
 from onesearch.bundle import open_bundle
@@ -45,7 +46,15 @@ from trie import SidTrie
 
 WIDTH, TOP_N, THREADS = 512, 50, 2
 CONFIG = BeamConfig(width=WIDTH, top_n=TOP_N)
+MODES = {
+    **{f"early_stop_{rows}": replace(CONFIG, early_stop=rows) for rows in (64, 128, 256)},
+    "legal": replace(CONFIG, score="legal"),
+    "legal_early_stop_128": replace(CONFIG, score="legal", early_stop=128),
+}
+"""Other ways to search."""
 TEXT_TOKENS, PROMPT_TOKENS = 50_265, 128  # of BART base
+Record = Callable[[str, list[float]], None]
+"""Takes the times of a name, in milliseconds."""
 
 
 @dataclass(frozen=True)
@@ -57,14 +66,15 @@ class Case:
     prompt: Prompt
 
 
-def demo_case(folder: Path) -> Case:
-    """The first golden example of a bundle, with an empty history."""
+def demo_case(folder: Path, items: int | None = None) -> Case:
+    """The first golden example of a bundle, with an empty history; items: under a trie of so many random items."""
     bundle = open_bundle(folder, graphs=False)
     ids = np.asarray(bundle.examples[0].ids)
     ids = ids[~np.isin(ids, bundle.renderer.history_ids)]
-    return Case(
-        open_model(folder), bundle.trie, Prompt(ids, np.zeros((3, bundle.renderer.history_dim), np.float32))
-    )
+    model, trie = open_model(folder), bundle.trie
+    if items is not None:
+        trie = SidTrie.build(catalog(items, sizes=trie.sizes), trie.sizes)
+    return Case(model, trie, Prompt(ids, np.zeros((3, bundle.renderer.history_dim), np.float32)))
 
 
 def bart_base_case(items: int) -> Case:
@@ -119,58 +129,6 @@ def reference_search(case: Case, bart: BartForConditionalGeneration) -> BeamResu
     return BeamResult(codes[order], scores[order], np.zeros(len(order), np.int64), ())
 
 
-def multiply_adds(config: ModelConfig, prompt: int, beams: tuple[int, ...]) -> int:
-    """Multiply-adds of one search: what a beam search of these widths cannot avoid, the softmax apart.
-
-    beams: rows asked of the model on each level.
-    """
-    width, ffn = config.d_model, config.ffn
-    encoder = prompt * (4 * width * width + 2 * width * ffn + 2 * prompt * width) * config.encoder_layers
-    context = prompt * 2 * width * width * config.decoder_layers
-    step = 6 * width * width + 2 * width * ffn + 2 * prompt * width
-    rows = [
-        k * ((step + 2 * (level + 1) * width) * config.decoder_layers + width * size)
-        for level, (k, size) in enumerate(zip(beams, config.sid_sizes, strict=True))
-    ]
-    return encoder + context + sum(rows)
-
-
-def peak_int8() -> float:
-    """Multiply-adds per second of both cores when a product stays in the first cache: the machine's own limit."""
-    rng = np.random.default_rng(0)
-    rows, weight = (
-        rng.integers(1, 100, (28, 768)).astype(np.uint8),
-        rng.integers(-127, 128, (32, 768)).astype(np.int8),
-    )
-    return _peak(lambda repeat: decoder.product(rows, weight, "", repeat), 28 * 768 * 32)
-
-
-def peak_fp32() -> float:
-    """The same in float32, by torch's (oneDNN's) matrix product at the size that suits it."""
-    a, b = torch.ones(1024, 1024), torch.ones(1024, 1024)
-    out = torch.empty(1024, 1024)
-
-    def run(repeat: int) -> None:
-        for _ in range(repeat):
-            torch.mm(a, b, out=out)
-
-    torch.set_num_threads(THREADS)
-    best = max(_rate(lambda: run(20), 20 * 1024**3) for _ in range(7))
-    return best
-
-
-def _peak(run: Callable[[int], object], size: int, repeat: int = 3000) -> float:
-    with ThreadPoolExecutor(THREADS) as pool:
-        both = lambda: list(pool.map(run, [repeat] * THREADS))  # noqa: E731
-        return max(_rate(both, THREADS * repeat * size) for _ in range(9))
-
-
-def _rate(call: Callable[[], object], work: int) -> float:
-    start = time.perf_counter()
-    call()
-    return work / (time.perf_counter() - start)
-
-
 def measure(case: Case, hf_runs: int, repeats: int) -> dict[str, Any]:
     """All numbers of one case."""
     config, trie = case.model.config, case.trie
@@ -201,10 +159,11 @@ def measure(case: Case, hf_runs: int, repeats: int) -> dict[str, Any]:
         for precision, ours in (("fp32", fp32), ("int8", int8)):
             record(f"ours_{precision}_ms", timed(partial(search, case, ours), repeats))
             record(f"prefill_{precision}_ms", timed(partial(ours.start, case.prompt), repeats))
+            row |= modes(case, ours, precision, repeats, record)
         row |= step_times(case, int8)
 
     macs = multiply_adds(config, len(case.prompt.ids), (1, *rough.beams[:-1]))
-    peaks = {"int8": peak_int8(), "fp32": peak_fp32()}
+    peaks = {"int8": peak_int8(THREADS), "fp32": peak_fp32(THREADS)}
     row |= {"multiply_adds": macs, **{f"peak_{p}_gops": round(2e-9 * peak, 1) for p, peak in peaks.items()}}
     for suffix, precision in (("", "int8"), ("_fp32", "fp32")):
         floor = macs / peaks[precision] * 1e3
@@ -222,9 +181,29 @@ def measure(case: Case, hf_runs: int, repeats: int) -> dict[str, Any]:
     return row
 
 
-def search(case: Case, ours: Decoder) -> BeamResult:
+def search(case: Case, ours: Decoder, config: BeamConfig = CONFIG) -> BeamResult:
     """One search, prompt to SIDs."""
-    return beam_search(ours.start(case.prompt), case.trie, CONFIG)
+    return beam_search(ours.start(case.prompt), case.trie, config)
+
+
+def modes(case: Case, ours: Decoder, precision: str, repeats: int, record: Record) -> dict[str, int]:
+    """Time every other way to search; the rows each asks of the model. Ends the program where an early stop changes
+    the best SIDs or moves a score by more than 1e-4."""
+    rows = {}
+    for name, config in {"default": CONFIG, **MODES}.items():
+        whole, step = search(case, ours, replace(config, early_stop=0)), ours.start(case.prompt)
+        asked: list[int] = []
+
+        def counted(codes: Any, parents: Any, step: Any = step, asked: list[int] = asked) -> Any:
+            asked.append(len(codes))
+            return step(codes, parents)
+
+        if not (gap := score_gap(whole, beam_search(counted, case.trie, config))) <= 1e-4:
+            raise SystemExit(f"{name} in {precision} differs from the search without a stop by {gap}")
+        rows[f"{name}_{precision}_rows"] = sum(asked)
+        if name in MODES:
+            record(f"{name}_{precision}_ms", timed(partial(search, case, ours, config), repeats))
+    return rows
 
 
 def step_times(case: Case, ours: Decoder, repeats: int = 9) -> dict[str, Any]:
@@ -262,7 +241,7 @@ def peer_times(
     bart: BartForConditionalGeneration,
     hf_runs: int,
     repeats: int,
-    record: Callable[[str, list[float]], None],
+    record: Record,
 ) -> None:
     """Time CTranslate2 and, if hf_runs, `generate`."""
     config, levels = case.model.config, case.trie.levels
@@ -288,7 +267,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Time whole searches against transformers and CTranslate2.")
     parser.add_argument("--shape", choices=["demo", "bart-base"], default="demo")
     parser.add_argument("--bundle", type=Path, default=Path("demo/bundle"), help="the bundle of shape demo")
-    parser.add_argument("--items", type=int, default=1_000_000, help="catalog size of shape bart-base")
+    parser.add_argument(
+        "--items", type=int, help="items of a random catalog [default: demo its own, bart-base 1000000]"
+    )
     parser.add_argument("--repeats", type=int, default=9, help="timed runs of everything but transformers")
     parser.add_argument(
         "--hf-runs", type=int, default=3, help="timed runs of transformers, after one warm-up; 0 skips"
@@ -296,7 +277,10 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object and nothing else")
     arguments = parser.parse_args()
     torch.set_num_threads(THREADS)
-    case = demo_case(arguments.bundle) if arguments.shape == "demo" else bart_base_case(arguments.items)
+    if arguments.shape == "demo":
+        case = demo_case(arguments.bundle, arguments.items)
+    else:
+        case = bart_base_case(arguments.items or 1_000_000)
     row = {"shape": arguments.shape} | measure(case, arguments.hf_runs, arguments.repeats)
     print(json.dumps(row) if arguments.json else "\n".join(f"{k:>24}  {v}" for k, v in row.items()), flush=True)
 

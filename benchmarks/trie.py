@@ -45,11 +45,11 @@ Found = tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]
 """SIDs [50, 5] and their scores [50]"""
 
 
-def catalog(items: int, seed: int = 0) -> Codes:
+def catalog(items: int, seed: int = 0, sizes: tuple[int, ...] = SIZES) -> Codes:
     """Skewed codes: Zipf(0.8) on every level, codebook order shuffled."""
     rng = np.random.default_rng(seed)
     columns = []
-    for size in SIZES:
+    for size in sizes:
         weight = 1 / np.arange(1, size + 1) ** 0.8
         columns.append(rng.permutation(size)[rng.choice(size, items, p=weight / weight.sum())])
     return np.stack(columns, axis=1).astype(np.uint16)

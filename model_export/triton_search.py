@@ -54,7 +54,8 @@ class TritonPythonModel:
         self._names = [tensor["name"] for tensor in inputs]
         self._pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
         self._unproven = remote.read_recorded(folder / "recorded.npz")
-        if self._about["serving"]["graphs"] == "in-process":
+        self._in_process = self._about["serving"]["graphs"] == "in-process"
+        if self._in_process:
             self._prove()
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
@@ -107,7 +108,8 @@ class TritonPythonModel:
             _check(abandoned)
             return step(codes, parents)
 
-        found = beam_search(attentive, trie, call.config, mask)
+        config = call.config.in_quarters() if self._in_process else call.config
+        found = beam_search(attentive, trie, config, mask)
         times = ((read - started) * 1e3, (time.perf_counter() - read) * 1e3)
         return Answer(found, self._about["model_version"], times)
 

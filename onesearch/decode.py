@@ -4,7 +4,7 @@ Triton all call it with their own step function. Owns nothing of the model and n
 Legend: K rows asked of the model, L levels, n results, t the level being written (0-based).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol, get_args
 
 import numpy as np
@@ -45,6 +45,10 @@ class BeamConfig:
             raise ConfigError(f"beam top_n: {self.top_n} is more than width {self.width}")
         if self.score not in get_args(Score):
             raise ConfigError(f"beam score: {self.score!r} is not one of {', '.join(get_args(Score))}")
+
+    def in_quarters(self) -> "BeamConfig":
+        """The same search with the `early_stop` that pays on a CPU: a quarter of the beams a call."""
+        return replace(self, early_stop=self.width // 4)
 
 
 @dataclass(frozen=True)

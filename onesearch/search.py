@@ -131,7 +131,8 @@ class Searcher:
             selection = catalog.select(options.filters)
         width = max(options.width, options.limit)
         wanted = width if options.facets else options.limit
-        found = self.decode(prompt, BeamConfig(width, wanted, options.score), selection, clock)
+        config = BeamConfig(width, wanted, options.score).in_quarters()
+        found = self.decode(prompt, config, selection, clock)
         with clock.stage("expand"):
             rows, sources = catalog.expand(found.leaves, wanted, selection, self.popularity)
         facets = None

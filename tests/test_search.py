@@ -11,13 +11,14 @@ from tiny_bundle import random_contexts, write_tiny_bundle
 from onesearch.bundle import Bundle, open_bundle
 from onesearch.catalog import Filters, Item
 from onesearch.context import SearchContext, assemble
-from onesearch.decode import Score, StepFn
+from onesearch.decode import BeamConfig, Score, StepFn
 from onesearch.errors import DeadlineError
 from onesearch.live import Change
 from onesearch.model import TorchDecoder, open_model
-from onesearch.runtime import Decoder
+from onesearch.runtime import Decoder, Ids, Logits
 from onesearch.search import Searcher, SearchOptions
 from onesearch.sequence import Prompt
+from onesearch.sid import Codes
 
 FILTERS = (
     None,
@@ -95,6 +96,29 @@ def test_items_that_changed_while_serving_are_ranked_among_the_others(bundle: Bu
                     assert result.scores[ids.index(item_id)] == pytest.approx(score, abs=1e-4)
     known = searcher.search(SearchContext("bag", recent_items=(31,)), SearchOptions(limit=5))
     assert known.scores.tolist() != searcher.search(SearchContext("bag"), SearchOptions(limit=5)).scores.tolist()
+
+
+def test_a_search_asks_the_last_level_in_quarters_of_the_beam(bundle: Bundle) -> None:
+    decoder, asked = TorchDecoder(open_model(bundle.path), bundle.renderer), []
+
+    class Counting:
+        def start(self, prompt: Prompt) -> StepFn:
+            step = decoder.start(prompt)
+
+            def counted(codes: Codes, parents: Ids, /) -> Logits:
+                asked.append(codes.shape)
+                return step(codes, parents)
+
+            return counted
+
+    searcher = Searcher(bundle, Counting())
+    page = searcher.search(SearchContext("blue bag"), SearchOptions(limit=2, width=16))
+    last = [rows for rows, level in asked if level == 4]
+    assert last and set(last) == {4} and sum(last) < 16
+    prompt, _ = searcher.render(SearchContext("blue bag"))
+    whole = searcher.decode(prompt, BeamConfig(16, 2))
+    assert asked[-1] == (16, 4)
+    np.testing.assert_allclose(page.scores, whole.scores, atol=1e-5)
 
 
 @pytest.mark.parametrize("score", ["level", "legal"])
