@@ -103,7 +103,7 @@ def test_two_hundred_searches_with_filters_equal_the_embedded_ones_also_from_man
         for what, before in zip(("count", "exec_count"), counts, strict=True)
     )
     assert requests == 200
-    assert executions < 150  # the server made batches of them
+    assert executions < requests  # the server made batches of them
 
 
 def test_live_changes_of_the_catalog_reach_the_server_with_each_search(
