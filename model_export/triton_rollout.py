@@ -32,7 +32,7 @@ from model_export.to_triton import (
     write_version,
 )
 from onesearch import remote
-from onesearch.command import HELP
+from onesearch.command import HELP, start
 from onesearch.errors import ExportError, OneSearchError
 
 LOAD_SECONDS = 600.0
@@ -176,4 +176,4 @@ def _status(
 
 def main() -> None:
     """Console entry point."""
-    app()
+    start(app)

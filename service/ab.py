@@ -12,7 +12,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from onesearch.command import HELP
+from onesearch.command import HELP, start
 from onesearch.errors import OneSearchError
 from service.ab_report import AbReport, analyse, collect
 from service.events import EventLog, Exposure, read_entries
@@ -142,4 +142,4 @@ def _plot(found: AbReport, path: Path) -> None:
 
 def main() -> None:
     """The console script `onesearch-ab`."""
-    app()
+    start(app)

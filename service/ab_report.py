@@ -5,6 +5,7 @@ rate, conversion, latency) get delta-method intervals, sums per bucket get Welch
 explain makes every other figure suspect.
 """
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -138,7 +139,8 @@ def _last_shown(searches: Sequence[Exposure], event: Event) -> str:
 def analyse(units: Units, control: str | None, weights: Mapping[str, float] | None = None) -> AbReport:
     """Every variant against the control (default: the one with most buckets). weights: expected shares, else equal.
 
-    Raises InputError when there are fewer than two variants or the control is not one of them.
+    A metric of which the control has nothing is left out: there is no lift over zero. Raises InputError when there are
+    fewer than two variants, the control is not one of them or one of them has no expected share above zero.
     """
     kept = units.kept()
     counts = Counter(unit.variant for unit in kept)
@@ -149,13 +151,17 @@ def analyse(units: Units, control: str | None, weights: Mapping[str, float] | No
     chosen = control or counts.most_common(1)[0][0]
     if chosen not in counts:
         raise InputError("control", f"{chosen!r} is not one of {', '.join(sorted(counts))}")
+    for variant in counts if weights is not None else ():
+        if not 0 < weights.get(variant, 0.0) < math.inf:
+            raise InputError("weights", f"{variant!r} has {weights.get(variant)}, expected a share above 0")
     table = pa.Table.from_pylist([asdict(unit) for unit in kept])
+    totals = {variant: _totals(unit for unit in kept if unit.variant == variant) for variant in counts}
     effects: list[Effect] = []
     ratios: dict[str, float] = {}
     for variant in sorted(counts.keys() - {chosen}):
         share = 1.0 if weights is None else weights[variant] / weights[chosen]
         pair = table.filter(pa.compute.is_in(table["variant"], pa.array([chosen, variant])))
-        metrics = _metrics(sum(unit.clicks for unit in kept if unit.variant in (chosen, variant)))
+        metrics = _metrics(totals[chosen], totals[variant])
         experiment = tt.Experiment(metrics | {_SRM: tt.SampleRatio(share)}, variant="variant")
         for row in experiment.analyze(pair, control=chosen).to_dicts():
             if row["metric"] == _SRM:
@@ -168,15 +174,27 @@ def analyse(units: Units, control: str | None, weights: Mapping[str, float] | No
     )
 
 
-def _metrics(clicks: int) -> dict[str, Any]:
-    conversion = {"CVR (orders per click)": tt.RatioOfMeans("orders", "clicks")} if clicks else {}
-    return {
-        "CTR (clicks per search)": tt.RatioOfMeans("clicks", "searches"),
-        **conversion,
-        "orders per bucket": tt.Mean("orders"),
-        "revenue per bucket": tt.Mean("revenue"),
-        "latency ms per search": tt.RatioOfMeans("latency_ms", "searches"),
+def _metrics(control: Counter[str], treatment: Counter[str]) -> dict[str, Any]:
+    """What can be compared: the control has some of it, and both have some of what it is counted by."""
+    metrics = {
+        "CTR (clicks per search)": ("clicks", "searches", tt.RatioOfMeans),
+        "CVR (orders per click)": ("orders", "clicks", tt.RatioOfMeans),
+        "orders per bucket": ("orders", "", tt.Mean),
+        "revenue per bucket": ("revenue", "", tt.Mean),
+        "latency ms per search": ("latency_ms", "searches", tt.RatioOfMeans),
     }
+    return {
+        name: kind(*filter(None, (of, per)))
+        for name, (of, per, kind) in metrics.items()
+        if control[of] and (not per or (control[per] and treatment[per]))
+    }
+
+
+def _totals(units: Iterable[Unit]) -> Counter[str]:
+    totals: Counter[str] = Counter()
+    for unit in units:
+        totals.update({name: value for name, value in asdict(unit).items() if name != "variant"})
+    return totals
 
 
 def _effect(variant: str, row: Mapping[str, Any]) -> Effect:

@@ -120,3 +120,20 @@ def test_a_split_that_leans_is_a_sample_ratio_mismatch() -> None:
     leaning = drawn(np.random.default_rng(3), 4000, share=0.44)
     assert analyse(leaning, "old").suspect == ["new"]
     assert analyse(leaning, "old", {"old": 0.56, "new": 0.44}).suspect == []
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_the_control_has_nothing_of_is_left_out() -> None:
+    units = drawn(np.random.default_rng(4), 200)
+    for unit in units.by_bucket.values():
+        unit.revenue = 0.0
+        unit.orders = unit.clicks = 0 if unit.variant == "new" else unit.clicks
+    shown = {e.metric: e for e in analyse(units, "old").effects}
+    assert set(shown) == {"CTR (clicks per search)", "orders per bucket", "latency ms per search"}
+    assert shown["CTR (clicks per search)"].lift == -1.0
+
+
+@pytest.mark.parametrize("weights", [{"old": 1.0}, {"old": 1.0, "new": 0.0}, {"old": 1.0, "new": float("nan")}])
+def test_every_variant_needs_an_expected_share(weights: dict[str, float]) -> None:
+    with pytest.raises(InputError, match=r"weights: 'new' has .*, expected a share above 0"):
+        analyse(drawn(np.random.default_rng(5), 50), "old", weights)

@@ -35,3 +35,14 @@ def test_an_error_nobody_expected_does_not_print_local_variables(monkeypatch, ca
     sys.excepthook(broken.type, broken.value, broken.tb)
     shown = capsys.readouterr().err
     assert "broken after 8" in shown and "k-secret" not in shown
+
+
+def test_a_file_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, capsys):
+    def command() -> None:
+        (tmp_path / "missing" / "file").write_text("x")
+
+    monkeypatch.setattr(sys, "argv", ["/bin/onesearch-x"])
+    with pytest.raises(SystemExit) as stopped:
+        run(command)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith("onesearch-x: [Errno 2] No such file or directory")

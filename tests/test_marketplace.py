@@ -167,7 +167,7 @@ def test_truth_explains_every_logged_query(market: Marketplace, tmp_path: Path) 
 
 
 def test_too_small_sizes_are_refused() -> None:
-    with pytest.raises(ConfigError, match="items: 10, expected at least 2000"):
+    with pytest.raises(ConfigError, match="items: 10, expected 2000 to"):
         simulate(items=10)
 
 
@@ -187,6 +187,11 @@ def test_the_command_writes_tables_and_a_summary_and_refuses_a_foreign_directory
     assert run(str(tmp_path / "m"), *size, "--format", "jsonl") == 2
     assert "belongs to another data set" in capsys.readouterr().err
     assert run(str(tmp_path / "m"), *size, "--format", "csv") == 2
+    assert run(str(tmp_path / "n"), *size, "--seed", "-1") == 2
+    assert run(str(tmp_path / "n"), "--items", "9" * 20) == 2
+    assert "items: 99999999999999999999, expected 2000 to 1000000000" in capsys.readouterr().err
+    assert run(str(tmp_path / "m" / "items.parquet"), *size) == 2
+    assert "File exists" in capsys.readouterr().err
 
 
 def test_a_small_marketplace_sells_fewer_types_and_a_full_one_all() -> None:

@@ -44,6 +44,8 @@ def test_every_recipe_of_the_project_reads(path: Path) -> None:
         ('name = "x"\n' + STAGE + "kw_mix = 1.5\n", r"kw_mix: 1\.5, expected a share"),
         ('name = "x"\n' + STAGE.replace("1.0", "0.0"), "positive shares"),
         ('name = "x"\nmodel = 3\n' + STAGE, "model: 3, expected a table"),
+        ('name = "x"\nseed = -1\n' + STAGE, "seed: -1, expected at least 0"),
+        ('name = "x"\nthreads = 0\n' + STAGE, "threads: 0, expected at least 1"),
         ('name = "x"\nseed = true\n' + STAGE, "seed: True, expected a value of type int"),
         ("name = ", "recipe .*: "),
     ],
@@ -61,6 +63,12 @@ def test_the_kind_of_a_stage_chooses_its_keys(tmp_path: Path) -> None:
     (stage,) = load_recipe(path).stages
     assert isinstance(stage, SdftStage) and stage.ema_decay == 0.9
     assert stage.kw_mix == 0.5  # the teacher learns to use keywords unless a recipe says otherwise (spec §9.2)
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
+    (tmp_path / "r.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match=r"r\.toml: .*can't decode"):
+        load_recipe(tmp_path / "r.toml")
 
 
 def test_integers_are_read_where_a_number_is_wanted(tmp_path: Path) -> None:

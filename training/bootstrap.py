@@ -306,7 +306,7 @@ def with_queries(tables: Tables, allowed: bool, seed: int, per_item: int = PER_I
 
 def _command(
     directory: Annotated[Path, typer.Argument(help="Tables with an items file; recall is written beside it.")],
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
     rows: Annotated[int | None, typer.Option(min=1, help="Pseudo-sessions; default two per item.")] = None,
 ) -> None:
     """Give a catalog without logs a recall table of pseudo-queries."""

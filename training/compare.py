@@ -80,7 +80,7 @@ def _repeated(runs: Sequence[Run]) -> list[int]:
 def _command(
     reports: Annotated[list[Path], typer.Argument(help="reports of one recipe, one per training seed")],
     against: Annotated[list[Path], typer.Option(help="a report of the other recipe; give it once per seed")],
-    seed: Annotated[int, typer.Option(help="of the bootstrap")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="of the bootstrap")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object per line")] = False,
 ) -> None:
     """Paired differences with 95 % intervals over requests and training seeds."""

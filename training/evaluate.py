@@ -111,14 +111,14 @@ def _main(
     data: Annotated[Path, typer.Option(help="folder with the tables")],
     split: Annotated[Literal["test", "valid"], typer.Option(help="which page views of the logs")] = "test",
     max_requests: Annotated[int | None, typer.Option(min=1, help="ask at most so many, drawn by seed")] = None,
-    width: Annotated[int, typer.Option(help="beams")] = 512,
+    width: Annotated[int, typer.Option(min=1, help="beams")] = 512,
     score: Annotated[Score, typer.Option(help="how beams are scored")] = "level",
     keywords: Annotated[bool, typer.Option("--keywords", help="match keywords into the prompt")] = False,
     judgements: Annotated[
         Path | None, typer.Option(help="JSONL of query, item_id, rating; instead of logs")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object per line instead of a table")] = False,
-    seed: Annotated[int, typer.Option(help="of the sample and the bootstrap")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="of the sample and the bootstrap")] = 1,
     out: Annotated[Path | None, typer.Option(help="write the report here as JSON")] = None,
 ) -> None:
     """Measure a bundle beside baselines on held-out logs, or on human ratings."""

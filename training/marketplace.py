@@ -26,6 +26,7 @@ from training.progress import Meter
 from training.tables import Format, Tables, write_tables
 
 MIN_ITEMS, MIN_USERS, MIN_SESSIONS = 2_000, 10, 100
+_MOST = 1_000_000_000
 
 
 @dataclass(frozen=True)
@@ -49,14 +50,15 @@ def simulate(
     seed: int = 0,
     advance: Callable[[int], None] = lambda sessions: None,
 ) -> Marketplace:
-    """Draw a marketplace. `advance` is told of sessions as they are done. Raises ConfigError for too small sizes."""
+    """Draw a marketplace. `advance` is told of sessions as they are done. Raises ConfigError for sizes out of range."""
     for name, value, least in (
         ("items", items, MIN_ITEMS),
         ("users", users, MIN_USERS),
         ("sessions", sessions, MIN_SESSIONS),
+        ("seed", seed, 0),
     ):
-        if value < least:
-            raise ConfigError(f"{name}: {value}, expected at least {least}")
+        if not least <= value <= _MOST:
+            raise ConfigError(f"{name}: {value}, expected {least} to {_MOST}")
     rng = np.random.default_rng(seed)
     world = build_world(shrink(load_words(), items, rng), items, users, rng)
     needs, weights = build_needs(world, rng)
@@ -103,9 +105,10 @@ def _command(
     if format not in ("jsonl", "parquet"):
         raise typer.BadParameter(f"{format!r}, expected parquet or jsonl", param_hint="--format")
     chosen: Format = "jsonl" if format == "jsonl" else "parquet"
-    with Meter("sessions", sessions) as meter:
-        market = simulate(items, users, sessions, seed, meter.advance)
+    out_dir.mkdir(parents=True, exist_ok=True)
     try:
+        with Meter("sessions", sessions) as meter:
+            market = simulate(items, users, sessions, seed, meter.advance)
         write_tables(market.tables, out_dir, chosen)
     except OneSearchError as error:
         typer.echo(f"onesearch-simulate: {error}", err=True)

@@ -104,6 +104,9 @@ class Recipe:
     variants: dict[str, VariantConfig] = field(default_factory=lambda: {"default": VariantConfig()})
 
     def __post_init__(self) -> None:
+        for name, least in (("seed", 0), ("threads", 1), ("checkpoint_every", 1), ("golden_examples", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name}: {getattr(self, name)}, expected at least {least}")
         if not self.stages:
             raise ConfigError("stages: the recipe has none, expected at least one [[stages]] table")
         if not self.variants:
@@ -117,7 +120,7 @@ def load_recipe(path: Path | str) -> Recipe:
     """Read a recipe file. Raises ConfigError naming the file, the key, the value and what was expected."""
     try:
         raw = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"recipe {path}: {error}") from error
     try:
         recipe: Recipe = build(Recipe, raw)
