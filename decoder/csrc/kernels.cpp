@@ -6,6 +6,8 @@
 //   avx512   vpdpbusd on 8-bit activations
 //   avx2     vpmaddubsw, whose 16-bit sums would overflow on 8-bit activations, so these have 7 bits
 //   portable 8-bit activations, any machine
+#include <utility>
+
 #include "layout.hpp"
 
 #if defined(__AVX2__)
@@ -48,26 +50,48 @@ inline void save(T* to, V v) {
 }
 
 inline Floats all(float x) { return x - Floats{}; }
-inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+inline Floats larger(Floats a, Floats b) {
+#if defined(__AVX512VNNI__)
+  return Floats(_mm512_max_ps(__m512(a), __m512(b)));
+#elif defined(__AVX2__)
+  return Floats(_mm256_max_ps(__m256(a), __m256(b)));
+#else
+  return a > b ? a : b;
+#endif
+}
 inline Floats magnitude(Floats x) { return Floats(Ints(x) & 0x7fffffff); }
 inline int smaller(int a, int b) { return a < b ? a : b; }
 
-// Folds halves onto each other: sums and maxima in a fixed order.
-template <class Join>
+template <int Half, int... Lane>
+inline Floats swapped(Floats v, std::integer_sequence<int, Lane...>) {
+  return __builtin_shufflevector(v, v, (Lane ^ Half)...);
+}
+
+// Folds halves onto each other, in registers: sums and maxima in a fixed order.
+template <int Half = kLanes / 2, class Join>
 inline float fold(Floats v, Join join) {
-  float lanes[kLanes];
-  save(lanes, v);
-  for (int half = kLanes / 2; half; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] = join(lanes[i], lanes[i + half]);
-  return lanes[0];
+  if constexpr (Half == 0)
+    return v[0];
+  else
+    return fold<Half / 2>(join(v, swapped<Half>(v, std::make_integer_sequence<int, kLanes>())), join);
 }
 
 inline float sum(Floats v) {
-  return fold(v, [](float a, float b) { return a + b; });
+  return fold(v, [](Floats a, Floats b) { return a + b; });
 }
 
-inline float largest(Floats v) {
-  return fold(v, [](float a, float b) { return a > b ? a : b; });
+inline float largest(Floats v) { return fold(v, larger); }
+
+// The low byte of every lane. Compilers take a plain conversion apart lane by lane.
+inline void save_bytes(std::uint8_t* to, Ints v) {
+#if defined(__AVX512VNNI__)
+  save(to, _mm512_cvtepi32_epi8(__m512i(v)));
+#elif defined(__AVX2__)
+  const __m256i low = _mm256_shuffle_epi8(__m256i(v), _mm256_set1_epi32(0x0c080400));
+  save(to, _mm_cvtsi128_si64(_mm_unpacklo_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1))));
+#else
+  save(to, __builtin_convertvector(v, Bytes));
+#endif
 }
 
 constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves round(x) in the low mantissa bits
@@ -204,7 +228,7 @@ void quantise(const float* x, int n, std::uint8_t* bytes, float* scale) {
   const float peak = largest(top), step = peak > 0 ? (kZero - 1) / peak : 0.0f;
   *scale = peak / (kZero - 1);
   for (int i = 0; i < n; i += kLanes)  // the low byte of the rounded float is the integer
-    save(bytes + i, __builtin_convertvector(Ints(load<Floats>(x + i) * step + (kRound + kZero)), Bytes));
+    save_bytes(bytes + i, Ints(load<Floats>(x + i) * step + (kRound + kZero)));
 }
 
 void quantise_rows(const float* x, int rows, int n, const Scratch& s) {
