@@ -151,15 +151,16 @@ def analyse(units: Units, control: str | None, weights: Mapping[str, float] | No
     chosen = control or counts.most_common(1)[0][0]
     if chosen not in counts:
         raise InputError("control", f"{chosen!r} is not one of {', '.join(sorted(counts))}")
-    for variant in counts if weights is not None else ():
-        if not 0 < weights.get(variant, 0.0) < math.inf:
-            raise InputError("weights", f"{variant!r} has {weights.get(variant)}, expected a share above 0")
+    shares = dict.fromkeys(counts, 1.0) if weights is None else weights
+    for variant in counts:
+        if not 0 < shares.get(variant, 0.0) < math.inf:
+            raise InputError("weights", f"{variant!r} has {shares.get(variant)}, expected a share above 0")
     table = pa.Table.from_pylist([asdict(unit) for unit in kept])
     totals = {variant: _totals(unit for unit in kept if unit.variant == variant) for variant in counts}
     effects: list[Effect] = []
     ratios: dict[str, float] = {}
     for variant in sorted(counts.keys() - {chosen}):
-        share = 1.0 if weights is None else weights[variant] / weights[chosen]
+        share = shares[variant] / shares[chosen]
         pair = table.filter(pa.compute.is_in(table["variant"], pa.array([chosen, variant])))
         metrics = _metrics(totals[chosen], totals[variant])
         experiment = tt.Experiment(metrics | {_SRM: tt.SampleRatio(share)}, variant="variant")
