@@ -102,6 +102,9 @@ def _main(
     graphs: Annotated[
         str, typer.Option(help="triton: in-process (CPU), onnxruntime or tensorrt (GPU)")
     ] = "in-process",
+    engines: Annotated[
+        Path | None, typer.Option(help="triton with tensorrt: the kit of --target tensorrt, its engines built")
+    ] = None,
     instances: Annotated[int, typer.Option(help="triton: processes of the search model")] = 2,
     width: Annotated[
         list[int] | None, typer.Option(help="tensorrt: a beam width, repeatable [default: 512]")
@@ -122,7 +125,7 @@ def _main(
         if from_hf is not None:
             _wrap(from_hf, sid_spec, bundle)
         if target == "triton":
-            _triton(bundle, out, graphs, precision, instances)
+            _triton(bundle, out, graphs, precision, instances, engines)
             return
         if target == "tensorrt":
             _tensorrt(bundle, out, (tuple(width or [512]), tuple(batch or [1]), top_n, weights))
@@ -143,12 +146,14 @@ def _text(value: Any) -> str:
     return f"[{value[0]:.3g}, {value[1]:.3g}]" if isinstance(value, list) else f"{value:.3g}"
 
 
-def _triton(bundle: Path, out: Path | None, graphs: Any, precision: Precision, instances: int) -> None:
+def _triton(
+    bundle: Path, out: Path | None, graphs: Any, precision: Precision, instances: int, engines: Path | None
+) -> None:
     from model_export.to_triton import Serving, export_triton
 
     if out is None:
         raise ExportError("triton", ["--out: is missing, expected the model repository to write"])
-    export_triton(bundle, out, Serving(graphs, precision, instances), typer.echo)
+    export_triton(bundle, out, Serving(graphs, precision, instances), typer.echo, engines)
     typer.echo(f"{out}: complete; load onesearch_search with tritonserver --model-control-mode=explicit")
 
 

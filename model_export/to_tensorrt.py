@@ -27,6 +27,7 @@ from onesearch.sequence import SequenceConfig
 from onesearch.sid import LEVELS
 
 TENSORRT = "10.1"
+PROFILES = "profiles.json"
 OPERATORS = Path(__file__).with_name("tensorrt_operators.txt")
 MAX_TOP_K = 3839  # TopK's K must be less than 3840
 Type = Literal["fp32", "fp16", "bf16"]
@@ -233,7 +234,7 @@ def export_tensorrt(path: Path, out: Path, engines: TensorRtConfig, say: Callabl
             "profiles": {graph: {i: asdict(r) for i, r in inputs.items()} for graph, inputs in ranges.items()},
             "parity": report,
         }
-        (partial / "profiles.json").write_bytes(orjson.dumps(about, option=orjson.OPT_INDENT_2))
+        (partial / PROFILES).write_bytes(orjson.dumps(about, option=orjson.OPT_INDENT_2))
         (partial / "operators.json").write_bytes(orjson.dumps(uses, option=orjson.OPT_INDENT_2))
         script = partial / "build.sh"
         script.write_text(build_script(ranges, searches), encoding="utf-8")
@@ -242,6 +243,34 @@ def export_tensorrt(path: Path, out: Path, engines: TensorRtConfig, say: Callabl
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return report
+
+
+def built_engines(kit: Path, bundle: Bundle, width: int) -> Type:
+    """The type of the engines that a kit's build.sh has built for the model of a bundle.
+
+    Raises ExportError listing every fault: no kit, one of another model, without its engines, too narrow for a beam of
+    `width`, or of bf16, which NumPy and so Triton's Python backend do not have.
+    """
+    try:
+        about = orjson.loads((kit / PROFILES).read_bytes())
+    except (OSError, orjson.JSONDecodeError) as error:
+        fault = f"{PROFILES}: {error}; run: onesearch-export {bundle.path} --target tensorrt --out {kit}"
+        raise ExportError(f"engines {kit}", [fault]) from error
+    of_bundle = {"model_version": bundle.manifest.model_version, "digest": bundle.manifest.digest}
+    faults = [f"{k} is {about[k]}, the bundle's is {v}" for k, v in of_bundle.items() if about[k] != v]
+    if (widest := about["profiles"]["step"]["tokens"]["most"][0]) < width:
+        faults.append(f"widest beam is {widest}, expected {width} or more")
+    if about["type"] == "bf16":
+        faults.append("type is bf16, expected fp32 or fp16")
+    faults += [
+        f"{name}.plan: is missing, run build.sh on the machine with the GPU"
+        for name in ("prefill", "step")
+        if not (kit / f"{name}.plan").is_file()
+    ]
+    if faults:
+        raise ExportError(f"engines {kit}", faults)
+    kind: Type = about["type"]
+    return kind
 
 
 def _variant_faults(bundle: Bundle, ranges: Mapping[str, Mapping[str, Range]]) -> list[str]:

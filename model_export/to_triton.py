@@ -6,7 +6,7 @@
                                /N/graphs/            prefill and step, to be run in process
                                /N/recorded.npz       calls with the answers that a version must give to load
                                /catalogs/V.trie      the trie of each catalog that a search may ask for
-    REPOSITORY/onesearch_prefill, onesearch_step     the graphs as models of their own
+    REPOSITORY/onesearch_prefill, onesearch_step     the graphs as models of their own: ONNX, or TensorRT engines
 
 A repository and a version of one appear whole or not at all. Which version is served is said by config.pbtxt alone.
 """
@@ -22,6 +22,7 @@ import numpy as np
 import onnxruntime
 import orjson
 
+from model_export.to_tensorrt import built_engines
 from model_export.triton_config import graph_config, search_config, served_version
 from onesearch import remote
 from onesearch.bundle import STAMP, Bundle, open_bundle
@@ -63,37 +64,54 @@ class Serving:
             raise ExportError("triton", faults)
 
 
-def export_triton(path: Path, repository: Path, serving: Serving, say: Callable[[str], None]) -> None:
+def export_triton(
+    path: Path, repository: Path, serving: Serving, say: Callable[[str], None], engines: Path | None = None
+) -> None:
     """Write a new repository that serves version 1. Raises ExportError when it exists, or as `write_version`."""
     if repository.exists():
         raise ExportError(f"repository {repository}", ["exists already; add a version: onesearch-triton deploy"])
     with _whole(repository) as (folder,):
-        write_version(path, folder, 1, serving, say)
+        write_version(path, folder, 1, serving, say, engines)
         activate(folder, 1)
 
 
-def write_version(path: Path, repository: Path, number: int, serving: Serving, say: Callable[[str], None]) -> None:
+def write_version(
+    path: Path,
+    repository: Path,
+    number: int,
+    serving: Serving,
+    say: Callable[[str], None],
+    engines: Path | None = None,
+) -> None:
     """Add a version to every model of a repository from an exported bundle, without serving it.
 
-    Raises BundleError for a bundle that does not open, ExportError when graphs are missing or do not give the
-    answers of the bundle's golden examples.
+    engines: where graphs are `tensorrt`, the bundle's TensorRT kit with the engines that its build.sh has built.
+    Raises BundleError for a bundle that does not open, ExportError when graphs or engines are missing, are another
+    model's or do not give the answers of the bundle's golden examples (engines are not run here).
     """
+    if (engines is None) == (serving.graphs == "tensorrt"):
+        fault = "are needed by tensorrt" if engines is None else f"are of no use to {serving.graphs}"
+        raise ExportError("triton", [f"engines: {fault}"])
     say("[1/3] open the bundle")
     bundle = open_bundle(path)
     if bundle.graphs is None:
         raise ExportError(f"bundle {path}", [f"has no graphs; run: onesearch-export {path} --target onnx"])
+    kind = "fp32" if engines is None else built_engines(engines, bundle, RECORDED_WIDTH)
     say("[2/3] record the answers that a server must reproduce")
     recorded = _record(bundle, serving)
 
     say(f"[3/3] write version {number}")
     _publish(bundle, repository)
     with _whole(*(repository / model / str(number) for model in MODELS)) as (prefill, step, search):
-        shutil.copyfile(bundle.graphs / PREFILL_FILE, prefill / "model.onnx")
-        shutil.copyfile(bundle.graphs / STEP_FILE, step / "model.onnx")
+        for folder, file in ((prefill, PREFILL_FILE), (step, STEP_FILE)):
+            source = bundle.graphs / file if engines is None else (engines / file).with_suffix(".plan")
+            shutil.copyfile(source, folder / f"model{source.suffix}")
         shutil.copytree(bundle.graphs, search / "graphs", ignore=shutil.ignore_patterns(STAMP))
         shutil.copyfile(Path(__file__).with_name("triton_search.py"), search / "model.py")
         remote.write_recorded(search / RECORD, recorded)
-        (search / ABOUT).write_bytes(orjson.dumps(_about(bundle, serving), option=orjson.OPT_INDENT_2))
+        (search / ABOUT).write_bytes(
+            orjson.dumps(_about(bundle, serving, engines, kind), option=orjson.OPT_INDENT_2)
+        )
 
 
 def activate(repository: Path, number: int, beside: int | None = None) -> None:
@@ -185,8 +203,10 @@ def _record(bundle: Bundle, serving: Serving) -> list[tuple[Call, Answer]]:
     return recorded
 
 
-def _about(bundle: Bundle, serving: Serving) -> dict[str, Any]:
-    assert bundle.graphs is not None
+def _about(bundle: Bundle, serving: Serving, engines: Path | None, kind: str) -> dict[str, Any]:
+    """What a version says of itself; kind: the type of the weights, where they are not quantised."""
+    source = engines or bundle.graphs
+    assert source is not None
     sids = bundle.renderer.sids
     graphs = {remote.PREFILL: PREFILL_FILE, remote.STEP: STEP_FILE}
     return {
@@ -198,7 +218,8 @@ def _about(bundle: Bundle, serving: Serving) -> dict[str, Any]:
         "bos": bundle.renderer.bos,
         "history_dim": bundle.renderer.history_dim,
         "serving": asdict(serving),
-        "tensors": {model: _tensors(bundle.graphs / file) for model, file in graphs.items()},
+        "precision": serving.precision if engines is None else kind,
+        "tensors": {model: _tensors(source / file) for model, file in graphs.items()},
     }
 
 

@@ -48,7 +48,7 @@ def search_config(number: int, about: Mapping[str, Any], warmup: Call) -> str:
         remote.DIGEST: about["digest"],
         remote.MODEL_VERSION: about["model_version"],
         remote.CATALOG_VERSION: about["catalog_version"],
-        remote.PRECISION: about["serving"]["precision"],
+        remote.PRECISION: about["precision"],
     }
     for name, value in values.items():
         config.parameters[name].string_value = value

@@ -46,14 +46,18 @@ Repository = Annotated[Path, typer.Argument(help="the model repository")]
 Server = Annotated[str, typer.Option(help="gRPC address of the server, HOST:PORT")]
 
 
-def deploy(bundle: Path, repository: Path, server: str, say: Callable[[str], None]) -> int:
+def deploy(
+    bundle: Path, repository: Path, server: str, say: Callable[[str], None], engines: Path | None = None
+) -> int:
     """Add a bundle as the next version, served as the present one is, and switch to it; returns its number.
+
+    engines: as for `write_version`.
 
     Raises ExportError when the version cannot be written or the server refuses it; then nothing has changed.
     """
     before = active_version(repository)
     number = versions(repository)[-1] + 1
-    write_version(bundle, repository, number, Serving(**read_about(repository, before)["serving"]), say)
+    write_version(bundle, repository, number, Serving(**read_about(repository, before)["serving"]), say, engines)
     try:
         switch(repository, number, server)
     except BaseException:
@@ -127,11 +131,14 @@ def _told() -> Iterator[None]:
 
 @app.command("deploy")
 def _deploy(
-    bundle: Annotated[Path, typer.Argument(help="an exported bundle")], repository: Repository, server: Server
+    bundle: Annotated[Path, typer.Argument(help="an exported bundle")],
+    repository: Repository,
+    server: Server,
+    engines: Annotated[Path | None, typer.Option(help="tensorrt: the bundle's kit, its engines built")] = None,
 ) -> None:
     """Write a bundle as the next version, have the server check and warm it, then switch."""
     with _told():
-        number = deploy(bundle, repository, server, typer.echo)
+        number = deploy(bundle, repository, server, typer.echo, engines)
         typer.echo(f"serves version {number}, model {read_about(repository, number)['model_version']}")
 
 

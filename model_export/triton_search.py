@@ -115,7 +115,9 @@ class TritonPythonModel:
 
     def _prove(self) -> None:
         """Raises ConfigError unless the recorded calls get their recorded answers, within the golden tolerance."""
-        faults, allowed = [], GOLDEN_TOLERANCE["fp32"]  # the answers are those of the very same graphs
+        graphs, precision = self._about["serving"]["graphs"], self._about["precision"]
+        # The answers are those of the very same graphs, except where these are engines.
+        faults, allowed = [], GOLDEN_TOLERANCE[precision if graphs == "tensorrt" else "fp32"]
         for number, (call, expected) in enumerate(self._unproven):
             gap = score_gap(expected.found, self._search(call, _never).found)
             if gap > allowed:
@@ -169,7 +171,8 @@ class ServedDecoder:
         self._outputs = [tensor["name"] for tensor in step["outputs"]]
         states = [tensor for tensor in step["inputs"] if tensor["name"].startswith("state_")]
         self._states = [tensor["name"] for tensor in states]
-        self._empty = np.empty((0, 1, states[0]["shape"][-1]), dtype=np.float32)
+        kind = np.float16 if states[0]["type"] == "tensor(float16)" else np.float32
+        self._empty = np.empty((0, 1, states[0]["shape"][-1]), dtype=kind)
 
     def start(self, prompt: Prompt) -> StepFn:
         """See `onesearch.runtime.Decoder`."""

@@ -20,12 +20,12 @@ from onesearch.decode import BeamConfig, BeamResult, Score, StepFn, beam_search
 from onesearch.errors import DeadlineError
 from onesearch.facets import Facets, count_facets
 from onesearch.live import LiveCatalog, Popularity, Selection, Snapshot
-from onesearch.runtime import Decoder, Precision
+from onesearch.runtime import Decoder
 from onesearch.sequence import Prompt
 from onesearch.sid import Codes
 
 GOLDEN_TOP = 50
-GOLDEN_TOLERANCE: dict[Precision, float] = {"fp32": 1e-3, "int8": 0.5}
+GOLDEN_TOLERANCE = {"fp32": 1e-3, "fp16": 0.5, "int8": 0.5}
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ def golden_example(searcher: Searcher, context: SearchContext, width: int = 512)
 
 
 def replay(
-    searcher: Searcher, examples: Sequence[GoldenExample], precision: Precision = "fp32", width: int = 512
+    searcher: Searcher, examples: Sequence[GoldenExample], precision: str = "fp32", width: int = 512
 ) -> list[str]:
     """Faults of golden examples: prompt ids must be equal, the top SIDs and scores equal within the precision's
     tolerance.

@@ -21,7 +21,7 @@ from onesearch.decode import BeamConfig, BeamResult, StepFn
 from onesearch.errors import ConfigError, DeadlineError, DecodeError, OneSearchError
 from onesearch.live import Selection
 from onesearch.remote import Answer, Call
-from onesearch.runtime import Decoder, Precision
+from onesearch.runtime import Decoder
 from onesearch.search import Clock, Searcher, replay
 from onesearch.sequence import Prompt
 from onesearch.sid import Codes
@@ -85,7 +85,7 @@ class TritonModel:
             raise self._translated(error) from error
         return Answer.parse({tensor.name: found.as_numpy(tensor.name)[0] for tensor in remote.OUTPUTS})
 
-    def served(self) -> tuple[str, Precision]:
+    def served(self) -> tuple[str, str]:
         """Version and precision of the model. Raises InferenceUnavailable when there is none of this contract."""
         try:
             config = self._client.get_model_config(self.name, client_timeout=PROBE_SECONDS).config

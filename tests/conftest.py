@@ -4,6 +4,7 @@ from redis_server import RedisServer
 from tiny_bundle import write_tiny_bundle
 
 from model_export.cli import export_onnx
+from model_export.to_tensorrt import TensorRtConfig, export_tensorrt
 from service.store import redis_store, sqlite_store
 
 TTL, RETENTION = 1000.0, 500.0
@@ -15,6 +16,14 @@ def exported(tmp_path_factory):
     path, _ = write_tiny_bundle(tmp_path_factory.mktemp("export"))
     steps = []
     return path, export_onnx(path, "int8", steps.append), steps
+
+
+@pytest.fixture(scope="session")
+def kit(exported, tmp_path_factory):
+    """A TensorRT kit of the tiny bundle, the decoder graphs and one search in fp16, and its parity report."""
+    out = tmp_path_factory.mktemp("tensorrt") / "kit"
+    report = export_tensorrt(exported[0], out, TensorRtConfig((512,), (2,), 20), lambda step: None)
+    return out, report
 
 
 @pytest.fixture(scope="session")

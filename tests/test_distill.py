@@ -182,6 +182,28 @@ def test_the_moving_average_has_its_closed_form_and_moves_once_per_optimiser_ste
     assert not any(p.requires_grad for p in made.average.parameters())
 
 
+def test_the_moving_average_has_the_buffers_of_the_model() -> None:
+    model = tiny_model(RENDERER)
+    model.register_buffer("seen", torch.zeros(2))
+    made = objective(model, mode="ema", ema_decay=0.9)
+    model.seen.fill_(7.0)
+    made.stepped()
+    assert made.average.seen.tolist() == [7.0, 7.0]
+
+
+def test_the_adversarial_pass_has_no_second_pass_of_r_drop(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = objective(epsilon=0.05, alpha_r=0.5)
+    forward, rows = made.model.sid_logits, []
+
+    def counting(ids: Tensor, *rest: Tensor) -> list[Tensor]:
+        rows.append(len(ids))
+        return forward(ids, *rest)
+
+    monkeypatch.setattr(made.model, "sid_logits", counting)
+    made.batch_gradients(batch())
+    assert rows == [3, 6, 3]  # the teacher once, both passes, the adversarial one
+
+
 def test_the_distillation_token_ends_the_students_prompt_and_learns() -> None:
     of = batch()
     _, got = gradient(objective(mode="token").eval(), of)

@@ -94,6 +94,7 @@ def test_the_first_step_starts_at_a_gap_of_zero_and_moves_the_model_alone() -> N
     assert values["dpo"] == pytest.approx(expected, rel=1e-5)
     assert values["gap"] == pytest.approx(0, abs=1e-5)
     assert values["loss"] == pytest.approx(values["dpo"] + 0.5 * values["nll"], rel=1e-5)
+    assert values["nll"] == pytest.approx(np.mean(np.log(SIZES)), rel=0.1)  # a mean over codes, not their sum
     optimiser = torch.optim.SGD(made.model.parameters(), lr=0.1)
     for _ in range(15):
         optimiser.step()

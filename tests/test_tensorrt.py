@@ -15,14 +15,6 @@ from model_export.to_tensorrt import TensorRtConfig, build_script, check_width, 
 from onesearch.errors import ConfigError, ExportError
 
 
-@pytest.fixture(scope="module")
-def kit(exported, tmp_path_factory):
-    """The decoder graphs and one search, fp16, of the tiny bundle."""
-    out = tmp_path_factory.mktemp("tensorrt") / "kit"
-    report = export_tensorrt(exported[0], out, TensorRtConfig((512,), (2,), 20), lambda step: None)
-    return out, report
-
-
 def test_the_kit_is_complete_and_says_that_nothing_was_built(kit):
     out, report = kit
     graphs = ["prefill.onnx", "search_b2_w512.json", "search_b2_w512.onnx", "step.onnx"]

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import orjson
 import pytest
 from service_fakes import fake_settings
@@ -18,7 +19,7 @@ from typer.testing import CliRunner
 
 from benchmarks.triton_server import TritonServer
 from model_export import triton_rollout
-from model_export.to_triton import Serving, active_version, export_triton, versions
+from model_export.to_triton import Graphs, Serving, active_version, export_triton, versions
 from onesearch import remote
 from onesearch.bundle import Bundle, open_bundle
 from onesearch.errors import ExportError
@@ -156,24 +157,68 @@ def test_nothing_is_left_of_a_repository_that_could_not_be_written(bundle: Bundl
         export_triton(bundle.path, tmp_path / "repository", Serving(), lambda step: None)
 
 
-def test_the_graphs_can_run_as_models_of_their_own(server: TritonServer, repository: Path, bundle: Bundle) -> None:
-    """The wheel has no onnxruntime backend: stand-ins run the graphs as Python models behind the same names."""
-    other = repository.parent / "served"
-    export_triton(bundle.path, other, Serving(graphs="onnxruntime", instances=1), lambda step: None)
+@pytest.fixture
+def engines(kit, tmp_path: Path) -> Path:
+    """A TensorRT kit after its build.sh. No GPU is here: the graphs themselves stand in the place of their engines."""
+    path = shutil.copytree(kit[0], tmp_path / "kit")
+    for graph in ("prefill", "step"):
+        shutil.copyfile(path / f"{graph}.onnx", path / f"{graph}.plan")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("graphs", "platform"), [("onnxruntime", "onnxruntime_onnx"), ("tensorrt", "tensorrt_plan")]
+)
+def test_the_graphs_can_run_as_models_of_their_own(
+    graphs: Graphs, platform: str, engines: Path, tmp_path: Path, bundle: Bundle
+) -> None:
+    """The wheel has neither backend: stand-ins run the graphs as Python models behind the same names."""
+    other, built = tmp_path / "served", graphs == "tensorrt"
+    export_triton(bundle.path, other, Serving(graphs, instances=1), lambda step: None, engines if built else None)
     for model in (remote.PREFILL, remote.STEP):
         config = other / model / "config.pbtxt"
-        text = config.read_text("utf-8").replace('platform: "onnxruntime_onnx"', 'backend: "python"')
-        assert "KIND_GPU" in text
-        config.write_text(text.replace("KIND_GPU", "KIND_CPU"), "utf-8")
+        text = config.read_text("utf-8")
+        assert "KIND_GPU" in text and f'platform: "{platform}"' in text
+        text = text.replace(f'platform: "{platform}"', 'backend: "python"').replace("KIND_GPU", "KIND_CPU")
+        config.write_text(text, "utf-8")
         shutil.copy(Path(__file__).with_name("triton_graph.py"), other / model / "1" / "model.py")
-    standing = started(repository.parent / "standing", other, remote.PREFILL, remote.STEP, remote.MODEL)
+    standing = started(tmp_path / "standing", other, remote.PREFILL, remote.STEP, remote.MODEL)
     try:
-        searcher = TritonSearcher(bundle, model_on(standing, bundle))
-        embedded = Searcher(bundle, local(bundle))
+        model = model_on(standing, bundle)
+        assert model.served()[1] == ("fp16" if built else "fp32")
+        searcher, embedded = TritonSearcher(bundle, model), Searcher(bundle, local(bundle))
         for number, context in enumerate(random_contexts(6)):
-            assert_same(searcher.search(context, options(number)), embedded.search(context, options(number)))
+            found, wanted = (each.search(context, options(number)) for each in (searcher, embedded))
+            if not built:
+                assert_same(found, wanted)
+            else:
+                np.testing.assert_allclose(found.scores, wanted.scores, atol=0.05)  # fp16, by rank
     finally:
         standing.kill()
+
+
+def test_engines_that_do_not_fit_the_repository_are_refused(engines: Path, bundle: Bundle, tmp_path: Path) -> None:
+    def refused(message: str, graphs: Graphs = "tensorrt", folder: Path | None = None) -> None:
+        with pytest.raises(ExportError, match=message):
+            export_triton(bundle.path, tmp_path / "r", Serving(graphs), lambda step: None, folder)
+        assert not (tmp_path / "r").exists()
+
+    refused("engines: are needed by tensorrt")
+    refused("engines: are of no use to in-process", "in-process", engines)
+    refused(r"profiles\.json: .*No such file", folder=tmp_path)
+    (engines / "step.plan").unlink()
+    about = orjson.loads((engines / "profiles.json").read_bytes())
+    about |= {"model_version": "other", "type": "bf16"}
+    about["profiles"]["step"]["tokens"]["most"] = [8]
+    (engines / "profiles.json").write_bytes(orjson.dumps(about))
+    wrong = (
+        "4 fault",
+        "model_version is other",
+        "widest beam is 8",
+        "type is bf16",
+        "step.plan: is missing, run build.sh",
+    )
+    refused(r"(.|\n)*".join(wrong), folder=engines)
 
 
 @contextmanager

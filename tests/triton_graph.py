@@ -1,4 +1,4 @@
-"""A Python model that runs a graph as Triton's onnxruntime backend would; it becomes `model.py` of a test."""
+"""A Python model that runs a graph as Triton's own backends would; it becomes `model.py` of a test."""
 
 import os
 import site
@@ -16,8 +16,8 @@ import triton_python_backend_utils as pb
 
 class TritonPythonModel:
     def initialize(self, args):
-        graph = Path(args["model_repository"]) / args["model_version"] / "model.onnx"
-        self._session = onnxruntime.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
+        (graph,) = (Path(args["model_repository"]) / args["model_version"]).glob("model.[op][nl]*")
+        self._session = onnxruntime.InferenceSession(graph.read_bytes(), providers=["CPUExecutionProvider"])
         self._inputs = [tensor.name for tensor in self._session.get_inputs()]
         self._outputs = [tensor.name for tensor in self._session.get_outputs()]
 
