@@ -101,15 +101,15 @@ class _Prefill:
         self._session = _session(graphs / (PREFILL_FILE if precision == "fp32" else INT8_PREFILL), threads)
         self.names = [output.name for output in self._session.get_outputs()]
 
-    def __call__(self, prompt: Prompt) -> list[Any]:
+    def __call__(self, prompt: Prompt) -> list[npt.NDArray[Any]]:
         ids = prompt.ids[None]
-        inputs = _values({"ids": ids, "mask": np.ones_like(ids), "history": prompt.history[None]})
-        outputs: list[Any] = self._session.run_with_ort_values(self.names, inputs)
+        inputs = {"ids": ids, "mask": np.ones_like(ids), "history": prompt.history[None]}
+        outputs: list[npt.NDArray[Any]] = self._session.run(self.names, inputs)
         return outputs
 
 
 class OnnxDecoder:
-    """Runs the exported graphs of a bundle on the CPU; state stays inside ONNX Runtime between steps.
+    """Runs the exported graphs of a bundle on the CPU; the state that a step returns is handed to the next.
 
     graphs holds prefill.onnx and step.onnx (fp32) or prefill.int8.onnx and step.int8.onnx (int8). threads is the
     number of cores one request may use. Raises ConfigError when a graph is missing or cannot be read.
@@ -131,13 +131,13 @@ class OnnxDecoder:
         context = dict(zip(self._prefill.names, self._prefill(prompt), strict=True))
 
         def run(tokens: Ids, parents: Ids, head: Ids, state: list[Any]) -> tuple[Logits, list[Any]]:
-            feeds = _values({"tokens": tokens, "parents": parents, "head": head})
+            feeds = {"tokens": tokens, "parents": parents, "head": head}
             feeds |= context | dict(zip(self._states, state, strict=True))
-            logits, *grown = self._step.run_with_ort_values(None, feeds)
-            return logits.numpy(), grown
+            logits, *grown = self._step.run(None, feeds)
+            return logits, grown
 
         empty = np.empty((0, 1, self._width), dtype=self._dtype)
-        return BeamSteps(run, list(_values(dict.fromkeys(self._states, empty)).values()), self._vocab, self._bos)
+        return BeamSteps(run, [empty] * len(self._states), self._vocab, self._bos)
 
 
 class Int8Decoder:
@@ -158,7 +158,7 @@ class Int8Decoder:
 
     def start(self, prompt: Prompt) -> StepFn:
         """Read one prompt; the result scores the next level of its beams."""
-        bias, *context = (value.numpy() for value in self._prefill(prompt))
+        bias, *context = self._prefill(prompt)
 
         def run(
             tokens: Ids, parents: Ids, head: Ids, state: tuple[Request, int]
@@ -180,12 +180,6 @@ def _native_model(arrays: Mapping[str, npt.NDArray[Any]], vocab: SidVocab, kerne
         ]
         model.add_layer(products, [arrays[name][i] for name in NORMS])
     return model
-
-
-def _values(arrays: Mapping[str, npt.NDArray[Any]]) -> dict[str, Any]:
-    import onnxruntime
-
-    return {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
 
 
 def _session(path: Path, threads: int) -> Any:
