@@ -174,7 +174,6 @@ class BeamSearch {
   // nearest cache. With many candidates the most promising rows come first: they give a floor that spares the others
   // most of the work.
   void expand(const float* logits) {
-    bounds_.resize(rows());
     order_.resize(rows());
     std::iota(order_.begin(), order_.end(), 0u);
     const bool many = first_place_.back() > kMany * best_.capacity();
@@ -206,14 +205,14 @@ class BeamSearch {
     return static_cast<std::size_t>(rest - order_.begin());
   }
 
-  // Softmax of the first kRowsAtOnce of some rows and the most that a candidate of them can score.
+  // Softmax of the first kRowsAtOnce of some rows.
   void add_up(std::span<const std::uint32_t> rows, const float* logits) {
     std::array<const float*, kRowsAtOnce> at;
     std::array<ExpSum, kRowsAtOnce> sums;
     const std::size_t count = std::min(kRowsAtOnce, rows.size());
     for (std::size_t i = 0; i < count; ++i) at[i] = logits + rows[i] * row_size();
     if (options_.legal) {  // collect() adds up the legal children; here only to see what is not finite
-      for (std::size_t i = 0; i < count; ++i) sums[i] = {0.0f, 0.0, double{kernels_.max_finite(at[i], row_size())}};
+      for (std::size_t i = 0; i < count; ++i) sums[i] = {0.0, double{kernels_.max_finite(at[i], row_size())}};
     } else {
       kernels_.exp_sums(at.data(), count, row_size(), sums.data());
     }
@@ -221,7 +220,6 @@ class BeamSearch {
       if (std::isnan(sums[i].log_sum)) refuse(logits);
       const std::uint32_t b = asked_[rows[i]];
       if (!options_.legal) softmax_[b] = {beams_[b].score - sums[i].log_sum, sums[i].shift};
-      bounds_[rows[i]] = options_.legal ? beams_[b].score : score(b, sums[i].max);
     }
   }
 
@@ -261,8 +259,8 @@ class BeamSearch {
   }
 
   void scan(std::uint32_t r, const float* logits, bool many) {
-    if (bounds_[r] < best_.lowest_score()) return;
     const std::uint32_t b = asked_[r];
+    if (beams_[b].score < best_.lowest_score()) return;
     const std::span<const float> values = collect(b, logits + r * row_size());
     const std::uint32_t* const places = renumber(children_[b]) ? places_.data() : nullptr;
     const auto push = [&](std::uint32_t i) {
@@ -379,7 +377,6 @@ class BeamSearch {
   };
   std::vector<Contribution> added_;
   std::vector<Softmax> softmax_;            // of each beam
-  std::vector<double> bounds_;              // the most that a candidate of each row can score
   std::vector<double> scores_;
   std::vector<std::uint32_t> order_;        // of the rows
   std::vector<float> sample_;               // scores of some candidates

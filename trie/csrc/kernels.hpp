@@ -13,9 +13,8 @@
 
 namespace sid {
 
-// max: the largest of some values; log_sum: log Σ exp(value - shift).
+// log_sum: log Σ exp(value - shift) of some values.
 struct ExpSum {
-  float max;
   double shift, log_sum;
 };
 
@@ -24,7 +23,7 @@ constexpr std::size_t kRowsAtOnce = 8;
 struct Kernels {
   // Largest of x[0 … n), or NaN when any of them is not finite. n > 0.
   float (*max_finite)(const float* x, std::size_t n);
-  // All of it for up to kRowsAtOnce rows of n > 0 values, with a shift that keeps the sum within the range of a double,
+  // Of up to kRowsAtOnce rows of n > 0 values, with a shift that keeps the sum within the range of a double,
   // to 1e-6; log_sum is NaN when any value is not finite. A row's result depends on nothing but the row.
   void (*exp_sums)(const float* const* rows, std::size_t count, std::size_t n, ExpSum* out);
   // How many x[i] >= bar.
@@ -59,11 +58,11 @@ template <class Pack>
   if (filled > 0) *out = row;
 }
 
-// `exp_sum` in two passes.
+// `exp_sums` of one row in two passes.
 template <class Max, class Sum>
 inline ExpSum exp_sum_with(Max max_finite, Sum sum_exp, const float* x, std::size_t n) {
   const float max = max_finite(x, n);
-  return {max, double{max}, std::isnan(max) ? double{max} : std::log(sum_exp(x, n, max))};
+  return {double{max}, std::isnan(max) ? double{max} : std::log(sum_exp(x, n, max))};
 }
 
 // exp(x) for x <= 0: x = k ln2 + r with |r| <= ln2 / 2, then a degree-6 polynomial (Cephes coefficients).

@@ -166,33 +166,40 @@ SID_AVX512 inline float max_finite(const float* x, std::size_t n) {
 // exponent, 2^f is a quadratic (minimax with a constant term of exactly 1, relative error 5e-8). log2(e) as a float adds
 // |x - shift| 1.4e-8.
 constexpr float kGrid = kRound / 32;  // adding it leaves round(32 x) in the low mantissa bits
+constexpr float kMiddle = kGrid + 64;  // i = 0; while |i| < 2048, only the low 12 bits differ from kGrid's
 constexpr float kLinear = 0.693157331f, kSquare = 0.240226507f;
 
-// Such that adding i << 18 gives the bits of 2^(i / 32), also when i >= 32.
+// Such that adding (i + 2048) << 18 gives the bits of 2^(i / 32), also when i >= 32.
 alignas(64) inline const std::array<std::uint32_t, 32> kPowers = [] {
   std::array<std::uint32_t, 32> powers{};
   for (std::uint32_t i = 0; i < 32; ++i)
-    powers[i] = std::bit_cast<std::uint32_t>(static_cast<float>(std::exp2(i / 32.0))) - (i << 18);
+    powers[i] = std::bit_cast<std::uint32_t>(static_cast<float>(std::exp2(i / 32.0))) - ((i + 2048) << 18);
   return powers;
 }();
 
 constexpr std::size_t kPage = 4096;  // processors do not fetch ahead across pages by themselves
 
-struct Exp {
-  __m512 to_grid;  // kGrid - shift
-  __m512i lowest;  // where the exponent field is zero: the power is exactly zero there and below
-};
+// Where x may be: anywhere near 0 with a shift of 0, which is the rule and the fastest, or far below a shift.
+enum class Range { kNear, kFar };
 
-// Adds 2^(x log2(e) - shift), to a float, of four vectors. What is not finite, or below -1e38, gives NaN.
-SID_AVX512 inline void add_terms(const __m512 (&x)[4], const Exp& by, __m512 (&sum)[4]) {
+// Adds 2^(x log2(e) - shift), to a float, of four vectors. kNear: bits of `far` beyond the low 12 tell of any x that is
+// not within ±44. kFar: what is not finite, or below -1e38, gives NaN.
+template <Range range>
+SID_AVX512 inline void add_terms(const __m512 (&x)[4], __m512 to_grid, __m512 (&sum)[4], __m512i& far) {
   const __m512 scale = _mm512_set1_ps(kLog2e), one = _mm512_set1_ps(1.0f);
   const __m512 linear = _mm512_set1_ps(kLinear), square = _mm512_set1_ps(kSquare);
+  const __m512i grid = _mm512_castps_si512(_mm512_set1_ps(kGrid));
+  const __m512i zero = _mm512_castps_si512(_mm512_set1_ps(kMiddle - 127));  // the power is exactly zero there
   const __m512i low = _mm512_load_si512(kPowers.data()), high = _mm512_load_si512(kPowers.data() + 16);
   for (std::size_t j = 0; j < 4; ++j) {
-    const __m512 shifted = _mm512_fmadd_ps(x[j], scale, by.to_grid);
-    const __m512 f = _mm512_fmsub_ps(x[j], scale, _mm512_sub_ps(shifted, by.to_grid));
+    const __m512 shifted = _mm512_fmadd_ps(x[j], scale, to_grid);
+    const __m512 f = _mm512_fmsub_ps(x[j], scale, _mm512_sub_ps(shifted, to_grid));
     const __m512 p = _mm512_fmadd_ps(_mm512_fmadd_ps(f, square, linear), f, one);
-    const __m512i i = _mm512_max_epi32(_mm512_castps_si512(shifted), by.lowest);
+    __m512i i = _mm512_castps_si512(shifted);
+    if constexpr (range == Range::kNear)
+      far = _mm512_ternarylogic_epi32(far, i, grid, 0xF6);  // far | (i ^ grid)
+    else
+      i = _mm512_max_epi32(i, zero);
     const __m512i power = _mm512_add_epi32(_mm512_permutex2var_epi32(low, i, high), _mm512_slli_epi32(i, 18));
     sum[j] = _mm512_fmadd_ps(p, _mm512_castsi512_ps(power), sum[j]);
   }
@@ -202,37 +209,41 @@ SID_AVX512 inline __m512d widened(__m512 v) {  // pairs of lanes, added in doubl
   return _mm512_add_pd(_mm512_cvtps_pd(_mm512_castps512_ps256(v)), _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1)));
 }
 
-// The lanes of a row's maximum and sum. Up to 34 terms are added as floats before they join the sum in double: ten
-// roundings. Right only while no x is more than 87 above the shift.
-SID_AVX512 [[gnu::always_inline]] inline void sum_lanes(const float* x, std::size_t n, const Exp& by, __m512& highest,
-                                                        __m512d& sum) {
-  const __m512 zero = _mm512_setzero_ps(), first = _mm512_set1_ps(x[0]);
-  __m512 max[4] = {first, first, first, first};
+// The lanes of a row's sum; NaN for kNear when an x is not. Up to 34 terms are added as floats before they join the sum
+// in double: ten roundings.
+template <Range range>
+SID_AVX512 [[gnu::always_inline]] inline __m512d sum_lanes(const float* x, std::size_t n, float shift) {
+  const __m512 zero = _mm512_setzero_ps(), to_grid = _mm512_set1_ps(kMiddle - shift);
   __m512 v[4], e[4] = {zero, zero, zero, zero};
-  sum = _mm512_setzero_pd();
+  __m512i far = _mm512_setzero_si512();
+  __m512d sum = _mm512_setzero_pd();
+  const auto join = [&]() SID_AVX512 {
+    sum = _mm512_add_pd(sum, widened(_mm512_add_ps(_mm512_add_ps(e[0], e[1]), _mm512_add_ps(e[2], e[3]))));
+  };
   std::size_t i = 0;
   for (std::size_t stop = 512; i + 64 <= n; stop += 512) {
     for (; i + 64 <= std::min(n, stop); i += 64) {
       for (std::size_t j = 0; j < 4; ++j) {
         _mm_prefetch(reinterpret_cast<const char*>(x + i + 16 * j) + kPage, _MM_HINT_T0);
         v[j] = _mm512_loadu_ps(x + i + 16 * j);
-        max[j] = _mm512_max_ps(max[j], v[j]);
       }
-      add_terms(v, by, e);
+      add_terms<range>(v, to_grid, e, far);
     }
-    sum = _mm512_add_pd(sum, widened(_mm512_add_ps(_mm512_add_ps(e[0], e[1]), _mm512_add_ps(e[2], e[3]))));
+    join();
     for (auto& each : e) each = zero;
   }
   if (i < n) {
+    __mmask16 here[4];
     for (std::size_t j = 0; j < 4; ++j) {
-      const __mmask16 here = i + 16 * j < n ? lanes(n - i - 16 * j) : 0;
-      v[j] = _mm512_mask_loadu_ps(_mm512_set1_ps(-1e6f), here, x + i + 16 * j);
-      max[j] = _mm512_mask_max_ps(max[j], here, max[j], v[j]);
+      here[j] = i + 16 * j < n ? lanes(n - i - 16 * j) : 0;
+      v[j] = _mm512_maskz_loadu_ps(here[j], x + i + 16 * j);
     }
-    add_terms(v, by, e);
-    sum = _mm512_add_pd(sum, widened(_mm512_add_ps(_mm512_add_ps(e[0], e[1]), _mm512_add_ps(e[2], e[3]))));
+    add_terms<range>(v, to_grid, e, far);
+    for (std::size_t j = 0; j < 4; ++j) e[j] = _mm512_maskz_mov_ps(here[j], e[j]);
+    join();
   }
-  highest = _mm512_max_ps(_mm512_max_ps(max[0], max[1]), _mm512_max_ps(max[2], max[3]));
+  const __mmask16 beyond = range == Range::kNear ? _mm512_test_epi32_mask(far, _mm512_set1_epi32(~0xFFF)) : 0;
+  return beyond == 0 ? sum : _mm512_set1_pd(std::numeric_limits<double>::quiet_NaN());
 }
 
 // log(x) for x > 0, to 1e-10: the mantissa m in [0.75, 1.5) by 2 atanh((m - 1) / (m + 1)).
@@ -245,35 +256,30 @@ SID_AVX512 inline __m512d log_of(__m512d x) {
   return _mm512_fmadd_pd(exponent, _mm512_set1_pd(0.69314718055994531), _mm512_mul_pd(p, t));
 }
 
-// With a shift of about `near`. Lanes of all rows are added up at the end, so that no row waits for that of the one
-// before.
+// Lanes of all rows are added up at the end, so that no row waits for that of the one before.
+template <Range range>
 SID_AVX512 inline void sum_rows(const float* const* rows, std::size_t count, std::size_t n, float near, ExpSum* out) {
   const float shift = std::nearbyint(near * kLog2e * 32) / 32;
-  const Exp by{_mm512_set1_ps(kGrid - shift), _mm512_castps_si512(_mm512_set1_ps(kGrid - 127))};
-  __m512 max[kRowsAtOnce];
   __m512d sum[kRowsAtOnce];
   alignas(64) std::array<double, kRowsAtOnce> sums{};
-  for (std::size_t r = 0; r < count; ++r) sum_lanes(rows[r], n, by, max[r], sum[r]);
-  for (std::size_t r = 0; r < count; ++r)
-    sums[r] = _mm512_reduce_add_pd(sum[r]);
+  for (std::size_t r = 0; r < count; ++r) sum[r] = sum_lanes<range>(rows[r], n, shift);
+  for (std::size_t r = 0; r < count; ++r) sums[r] = _mm512_reduce_add_pd(sum[r]);
   _mm512_store_pd(sums.data(), log_of(_mm512_load_pd(sums.data())));
-  for (std::size_t r = 0; r < count; ++r)
-    out[r] = {_mm512_reduce_max_ps(max[r]), double{shift} / double{kLog2e}, sums[r]};
+  for (std::size_t r = 0; r < count; ++r) out[r] = {double{shift} / double{kLog2e}, sums[r]};
 }
 
-// Without a shift where the maximum allows it, which is the rule; else once more; what is beyond kGrid's range, another
-// way.
+// Without a shift where all values allow it, which is the rule; else about the maximum; what is beyond kGrid's range,
+// another way.
 SID_AVX512 inline void exp_sums(const float* const* rows, std::size_t count, std::size_t n, ExpSum* out) {
-  constexpr float kFar = 40.0f, kBeyond = 5e4f;
+  constexpr float kBeyond = 5e4f;
   constexpr std::size_t kShort = 16;  // not worth it; and a single value must have a sum of exactly 1
   if (n < kShort) return avx2::exp_sums(rows, count, n, out);
-  sum_rows(rows, count, n, 0.0f, out);
+  sum_rows<Range::kNear>(rows, count, n, 0.0f, out);
   for (std::size_t r = 0; r < count; ++r) {
-    const float max = out[r].max;
-    if (std::abs(max) < kFar && std::isfinite(out[r].log_sum)) continue;
-    sum_rows(rows + r, 1, n, max, out + r);
-    if (!(std::abs(max) < kBeyond && std::isfinite(out[r].log_sum)))
-      out[r] = exp_sum_with(max_finite, avx2::sum_exp, rows[r], n);
+    if (std::isfinite(out[r].log_sum)) continue;
+    const float max = max_finite(rows[r], n);
+    if (std::abs(max) < kBeyond) sum_rows<Range::kFar>(rows + r, 1, n, max, out + r);
+    if (!std::isfinite(out[r].log_sum)) out[r] = exp_sum_with(max_finite, avx2::sum_exp, rows[r], n);
   }
 }
 
