@@ -248,11 +248,14 @@ def timed(call: Callable[[], object], repeats: int, warm_up: int = 2) -> list[fl
 
 
 def in_turns(
-    search: Callable[[], object], baseline: Callable[[], object], rounds: int = 9
+    ours: Callable[[], object], baseline: Callable[[], object], rounds: int = 9, repeats: int = 1, warm_up: int = 0
 ) -> tuple[list[float], list[float]]:
-    """Milliseconds of each round: the median of 15 of our searches, and one of the baseline's."""
+    """Milliseconds of each round: the median of `repeats` of our calls, and one of the baseline's."""
+    timed(ours, 1, warm_up=1)
     timed(baseline, 1, warm_up=1)
-    pairs = [(statistics.median(timed(search, 15)), timed(baseline, 1, warm_up=0)[0]) for _ in range(rounds)]
+    pairs = [
+        (statistics.median(timed(ours, repeats, warm_up)), timed(baseline, 1, warm_up=0)[0]) for _ in range(rounds)
+    ]
     return [mine for mine, _ in pairs], [theirs for _, theirs in pairs]
 
 
@@ -296,15 +299,17 @@ def measure(items: int, with_hf: bool) -> dict[str, object]:
         record("masked_search_ms", timed(ours(trie, bank, mask), 101, warm_up=10))
         for added in (0, 1000):
             record(f"overlay_{added}_search_ms", timed(overlay_search(trie, added, bank), 101, warm_up=10))
-    record("build_ms", timed(lambda: SidTrie.build(codes, SIZES), 7))
-    record("static_build_ms", timed(lambda: build_static(codes), 7, warm_up=1))
+    mine, theirs = in_turns(lambda: SidTrie.build(codes, SIZES), lambda: build_static(codes))
+    record("build_ms", mine)
+    record("static_build_ms", theirs)
     row["ratio_build"] = round(median["static_build_ms"] / median["build_ms"], 1)
+    row["ratio_build_lowest"] = round(min(b / a for a, b in zip(mine, theirs, strict=True)), 1)
     baselines: dict[str, Callable[[], Found]] = {"static": StaticStyle(build_static(codes), bank)}
     if with_hf:
         baselines["hf"] = HfStyle(codes, bank)
     for name, baseline in baselines.items():
         check_equal(baseline(), expected, name)
-        mine, theirs = in_turns(search, baseline)
+        mine, theirs = in_turns(search, baseline, repeats=15, warm_up=2)
         record(f"{name}_style_ms", theirs)
         row[f"ratio_{name}"] = round(statistics.median(theirs) / statistics.median(mine), 1)
         row[f"ratio_{name}_lowest"] = round(min(b / a for a, b in zip(mine, theirs, strict=True)), 1)
