@@ -1,6 +1,6 @@
 """A/B reports on simulated traffic: with a planted effect, and with none.
 
-`python -m benchmarks.ab [--users 20000] [--lift 0.03] [--plot DIR]`: users search, click and order; every exposure and
+`python -m benchmarks.ab [--users 20000] [--lift 0.03] [--plot DIR] [--json]`: users search, click and order; every exposure and
 event goes through the durable log of a real store, and `onesearch-ab report` reads it back. The split is the service's.
 """
 
@@ -10,7 +10,9 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import orjson
 
+from benchmarks.wire import hardware
 from service import ab
 from service.events import Event, Exposure
 from service.store import Store, sqlite_store
@@ -54,14 +56,17 @@ def main() -> None:
     parser.add_argument("--lift", type=float, default=0.03)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plot", type=Path, help="folder for the plots")
+    parser.add_argument("--json", action="store_true", help="one JSON object per line")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         for name, lift in (("planted", arguments.lift), ("none", 0.0)):
             path = Path(folder) / f"{name}.sqlite3"
             asyncio.run(_fill(path, arguments.users, lift, arguments.seed))
-            print(f"effect on the click rate: {lift:+.1%}; {arguments.users} users", flush=True)
+            about = {"click_rate_effect": lift, "users": arguments.users, "hardware": hardware()}
+            text = f"effect on the click rate: {lift:+.1%}; {arguments.users} users"
+            print(orjson.dumps(about).decode() if arguments.json else text, flush=True)
             plot = arguments.plot / f"ab_{name}.png" if arguments.plot else None
-            ab.report(f"sqlite:{path}", "control", None, None, None, None, None, as_json=False, plot=plot)
+            ab.report(f"sqlite:{path}", "control", None, None, None, None, None, as_json=arguments.json, plot=plot)
 
 
 async def _fill(path: Path, users: int, lift: float, seed: int) -> None:

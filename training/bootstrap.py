@@ -33,18 +33,15 @@ MAX_TARGETS = 20
 PER_ITEM = 2  # pseudo-queries for each item, unless told otherwise
 KINDS = ("type", "maker", "brand", "attribute", "model", "title")
 SHARES = (0.38, 0.04, 0.15, 0.17, 0.10, 0.16)
-DESCRIBED_WORDS, DESCRIBED_LATER = (
-    12,
-    1,
-)  # how much of a description names the product, and how much less than a title
+DESCRIBED_WORDS = 12  # of a description: these name the product
+DESCRIBED_LATER = 1  # plain words by which a description is behind a title
 TYPO_SHARE, PLURAL_SHARE = 0.04, 0.12
 SPLITS = (("test", 0.05), ("valid", 0.10))  # upper bounds of a query's place in 0..1; the rest is train
 MIN_PHRASE_ITEMS, MIN_PHRASE_BRANDS, MAX_PHRASE_SHARE = 4, 2, 0.5
 NOUN_FOLLOWS = 20  # more than the plain words of a title
 DESCRIPTION = "description"
-STOP_WORDS = frozenset(
-    ("and", "the", "for", "from", "with", "per", "set", "pack", "pcs", "inch")
-)  # others are short
+# Others are short.
+STOP_WORDS = frozenset(("and", "the", "for", "from", "with", "per", "set", "pack", "pcs", "inch"))
 _WORD = re.compile(r"[^\W_]+(?:[-.'/+][^\W_]+)*")
 
 Phrase = tuple[str, ...]
