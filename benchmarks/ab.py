@@ -1,7 +1,8 @@
 """A/B reports on simulated traffic: with a planted effect, and with none.
 
-`python -m benchmarks.ab [--users 20000] [--lift 0.03] [--plot DIR] [--json]`: users search, click and order; every exposure and
-event goes through the durable log of a real store, and `onesearch-ab report` reads it back. The split is the service's.
+`python -m benchmarks.ab [--users 20000] [--lift 0.03] [--plot DIR] [--json]`: users search, click and order; every
+exposure and event goes through the durable log of a real store, and `onesearch-ab report` reads it back. The split is
+the service's.
 """
 
 import argparse

@@ -52,3 +52,4 @@ def test_no_section_and_no_defect_is_left_out() -> None:
     sections = {".".join(part.split(".")[:2]) for part in named}
     assert {f"4.{n}" for n in range(1, 14)} <= sections
     assert {f"B{n}" for n in range(1, 29)} <= named
+    assert {f"10.1.{n}" for n in range(1, 10)} <= named
