@@ -80,6 +80,20 @@ def test_tpma_without_position_rewards_and_with_open_gates_is_grpo(monkeypatch: 
     assert torch.allclose(plain, same, atol=1e-7) and not torch.allclose(plain, different, atol=1e-4)
 
 
+def test_a_wrong_first_code_shuts_the_gates_of_all_later_ones() -> None:
+    page = pages()[0]
+    right = torch.from_numpy(page.targets[0])
+    lost = right.clone()
+    lost[0] = next(code for code in range(SIZES[0]) if code not in page.targets[:, 0])
+    credit = objective(TPMA).credit(page, torch.stack([right, right, right, lost]))
+    assert credit.gate.tolist() == [[1] * 5, [1] * 5, [1] * 5, [1, 0, 0, 0, 0]]
+    item = torch.full((4,), float(right[0]))
+    item[3] = float(lost[0])
+    spread = (item - item.mean()) / (item.std(correction=0) + 1e-4)
+    position = torch.tensor([1.0, 1.0, 1.0, -3.0]) / 3**0.5  # a marginal earned by three of four, of any weight
+    assert torch.allclose(credit.advantages, spread[:, None] + position[:, None], atol=1e-3)
+
+
 def test_dead_groups_are_counted_and_give_no_gradient() -> None:
     made = objective(TpmaStage("s", 6, 3, group=4, aux_sft=0.0))
     same = torch.from_numpy(SIDS[30:31]).expand(4, 5)
@@ -105,6 +119,21 @@ def test_labels_are_drawn_from_all_targets_and_orders_twice_as_often() -> None:
     uniform = (np.arange(300) + 0.5) / 300
     labels = [tuple(grpo._label(row, u)) for u in uniform]
     assert labels.count(tuple(row.targets[0])) == 100 and labels.count(tuple(row.targets[1])) == 200
+
+
+def test_every_prompt_of_every_step_draws_a_label_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    draws: list[float] = []
+    label = grpo._label
+
+    def drawn(row: PagePrompt, uniform: float) -> np.ndarray:
+        draws.append(uniform)
+        return label(row, uniform)
+
+    monkeypatch.setattr(grpo, "_label", drawn)
+    made = objective(TPMA)
+    for place in range(6):
+        made.gradients(PlannedStep(place, "rl", np.arange(3)))
+    assert len(set(draws)) == len(draws) == 18 and min(draws) < 1 / 3 < max(draws)
 
 
 def test_a_policy_that_is_not_the_one_that_was_sampled_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,9 +9,13 @@ from onesearch.bundle import SCHEMA_VERSION, Manifest, open_parts
 from onesearch.context import SearchContext
 from onesearch.keywords import KeywordRules
 from onesearch.sequence import Prompt
+from training.dpo import choice
+from training.grpo import page_prompts
 from training.page_keywords import Keywords, rule_keywords
+from training.pars import Preference
 from training.samples import MAKERS, MAX_POSITIVES, Sources, search
 from training.sessions import PageView
+from training.stages import DpoStage
 
 KEYWORDS = Keywords(query=("shoes", "red"), train=("shoes", "acme"), serve=("umbra",))
 CONTEXT = SearchContext("red shoes", "24-30 F", ("blue bag",), (3, 4), (3, 4, 5))
@@ -57,6 +61,20 @@ def test_each_click_is_a_sample_and_an_order_counts_twice(sources: Sources) -> N
     for sample, item in zip(samples, (1, 2), strict=True):
         assert sources.renderer.sids.codes(sample.target).tolist() == sources.item_sids[item].tolist()
         assert sample.prompt is samples[0].prompt
+
+
+def test_what_rewards_and_preferences_ask_is_what_the_student_is_asked(sources: Sources) -> None:
+    asked = next(search(sources)).prompt.ids.tolist()
+    (page,) = page_prompts(sources, 5)  # the other page view has no click
+    assert page.prompt.ids.tolist() == asked
+    assert page.targets.tolist() == [sources.item_sids[item].tolist() for item in (1, 2)]
+    assert page.weights.tolist() == pytest.approx([1 / 3, 2 / 3])  # the second was ordered
+    assert page_prompts(sources, 0) == []
+    stage = DpoStage("s", 1, exponent=1.0, least_gap=0.1, cap=4.0)
+    chosen = choice(sources, stage, Preference(0, (2, 1, 5), (3.0, 2.5, 2.0)))
+    assert chosen.prompt.ids.tolist() == asked
+    assert chosen.codes.tolist() == [sources.item_sids[item].tolist() for item in (2, 1, 5)]
+    assert chosen.weights.tolist() == pytest.approx([1 + 1 / 0.5, 1 + 1 / 1.0])  # the nearer one weighs more
 
 
 def test_at_most_five_positives_and_only_items_of_the_catalog(sources: Sources) -> None:
