@@ -22,7 +22,7 @@ from benchmarks.trie import hardware
 from onesearch.bundle import Bundle, HeldOut, open_bundle, read_held_out
 from onesearch.runtime import Precision, open_decoder
 from onesearch.search import Searcher, SearchOptions
-from service.inference import EmbeddedRunner
+from service.inference import EmbeddedRunner, own_cores, search_threads
 from training.metrics import bootstrap
 
 SHARES = ((1, 2), (2, 1), (2, 2))
@@ -42,7 +42,8 @@ async def closed_loop(
     searcher: Searcher, searches: tuple[HeldOut, ...], concurrency: int, callers: int, seconds: float
 ) -> dict[str, Any]:
     """Throughput and waiting times of callers that ask one search after the other."""
-    runner, options = EmbeddedRunner(searcher, concurrency), SearchOptions()
+    threads = search_threads(concurrency, own_cores(concurrency))
+    runner, options = EmbeddedRunner(searcher, threads), SearchOptions()
     waits: list[float] = []
     start = time.perf_counter()
 

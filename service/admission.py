@@ -1,10 +1,11 @@
 """Admission: which searches start, when, and how wide.
 
-At most `concurrency` searches run; the others wait in one bounded queue, first come first served. A search that
-cannot be answered before its deadline is turned away at once, because work that comes too late costs the ones
-behind it. Before anything is turned away beams get narrower: each half round of waiting searches costs one rung of
-the ladder (width, width/2, width/4), which keeps the queue short when it is still cheap to do so. The pressure of a
-burst fades over `_MEMORY` seconds: wide beams in the middle of a burst would only let the queue grow again.
+At most `concurrency` searches run and one more is at hand, so that a thread that gets free goes on without asking the
+event loop first; the others wait in one bounded queue, first come first served. A search that cannot be answered
+before its deadline is turned away at once, because work that comes too late costs the ones behind it. Before anything
+is turned away beams get narrower: each half round of searches that wait costs one rung of the ladder (width, width/2,
+width/4), which keeps the queue short when it is still cheap to do so. The pressure of a burst fades over `_MEMORY`
+seconds: wide beams in the middle of a burst would only let the queue grow again.
 """
 
 import asyncio
@@ -18,7 +19,8 @@ from service.problems import Refused
 
 NARROW_BEAM = "narrow_beam"
 _RUNGS = 3
-_MEMORY = 0.1
+_AT_HAND = 1
+_MEMORY = 0.5
 _WEIGHT = 0.1
 _MARGIN = 2.0  # estimates are means: twice as much is planned for
 
@@ -47,7 +49,10 @@ class ServiceTimes:
 
 
 class Admission:
-    """The gate in front of inference. `waiting` and `running` count the searches on either side of it."""
+    """The gate in front of inference. `waiting` and `running` count the searches on either side of it.
+
+    What is behind it runs `concurrency` searches at a time and keeps the one at hand itself.
+    """
 
     def __init__(
         self,
@@ -57,7 +62,8 @@ class Admission:
     ) -> None:
         """announce: called with both counts whenever one of them changed."""
         self._concurrency, self._queue_limit, self._announce = concurrency, queue_limit, announce
-        self._slots = asyncio.Semaphore(concurrency)
+        self._places = concurrency + _AT_HAND
+        self._slots = asyncio.Semaphore(self._places)
         self._times = ServiceTimes()
         self.waiting = self.running = 0
         self._pressure, self._felt = 0.0, -math.inf
@@ -91,7 +97,7 @@ class Admission:
         if not self._slots.locked():
             return
         fastest = self._times.estimate(kind, ladder(width, limit)[-1])
-        wait = fastest * (self.waiting + 1) / self._concurrency
+        wait = fastest * (self.waiting + 1) / self._places
         if self.waiting >= self._queue_limit:
             raise Overloaded(f"{self.waiting} searches are waiting already", math.ceil(wait))
         if _MARGIN * (wait + fastest) > left:
@@ -123,10 +129,10 @@ class Admission:
         return next(fitting, rungs[-1])
 
     def _press(self) -> float:
-        """Searches waiting now, or what has not faded of those that waited before, if that is more."""
+        """Searches that wait or are at hand now, or what has not faded of those before, if that is more."""
         now = time.monotonic()
         faded = self._pressure * math.exp((self._felt - now) / _MEMORY)
-        self._pressure, self._felt = max(faded, self.waiting), now
+        self._pressure, self._felt = max(faded, self.waiting + max(0, self.running - self._concurrency)), now
         return self._pressure
 
 

@@ -1,6 +1,7 @@
 """What is served: the opened bundles and the variants that split the traffic between them."""
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ from onesearch.live import LiveCatalog
 from onesearch.rates import CalibratedRates
 from onesearch.runtime import Decoder, open_decoder
 from onesearch.search import Searcher, SearchOptions, replay
-from service.inference import EmbeddedRunner, InferenceRunner
+from service.inference import EmbeddedRunner, InferenceRunner, own_cores, search_threads
 from service.settings import Settings
 from service.variants import Split, VariantOptions, declared_split, read_split
 
@@ -90,13 +91,16 @@ def open_deployment(paths: Sequence[Path], settings: Settings) -> Deployment:
     engines: dict[str, Engine] = {}
     recipes: dict[str, dict[str, Any]] = {}
     rates = CalibratedRates()
+    # Processes beside this one, and model calls on several threads, want cores of their own.
+    alone = settings.workers == settings.threads == 1
+    threads = search_threads(settings.concurrency, own_cores(settings.concurrency) if alone else ())
     for path in paths:
         name = path.resolve().name
         try:
             if name in engines:
                 raise ConfigError(f"bundle {path}: its name {name!r} is taken, rename one of the folders")
             bundle = open_bundle(path)
-            engines[name] = open_engine(name, bundle, settings, rates)
+            engines[name] = open_engine(name, bundle, settings, rates, threads)
             recipes[name] = bundle.manifest.recipe
         except FaultsError as error:
             faults += [f"{error.subject}: {fault}" for fault in error.faults]
@@ -108,8 +112,10 @@ def open_deployment(paths: Sequence[Path], settings: Settings) -> Deployment:
     return Deployment(list(engines.values()), split, rates)
 
 
-def open_engine(name: str, bundle: Bundle, settings: Settings, rates: CalibratedRates) -> Engine:
-    """An engine that searches a bundle in this process, or on the inference server that the settings name.
+def open_engine(
+    name: str, bundle: Bundle, settings: Settings, rates: CalibratedRates, threads: ThreadPoolExecutor
+) -> Engine:
+    """An engine that searches a bundle on threads of this process, or on the inference server that the settings name.
 
     Raises BundleError for a bundle without graphs where this process needs them, ConfigError for a missing package.
     """
@@ -117,7 +123,7 @@ def open_engine(name: str, bundle: Bundle, settings: Settings, rates: Calibrated
     if settings.inference == EMBEDDED:
         assert decoder is not None
         searcher = Searcher(bundle, decoder)
-        runner: InferenceRunner = EmbeddedRunner(searcher, settings.concurrency)
+        runner: InferenceRunner = EmbeddedRunner(searcher, threads)
         check: Callable[[], list[str]] = partial(replay, searcher, bundle.examples, settings.precision)
     else:
         searcher, runner, check = _on_triton(name, bundle, settings, decoder)

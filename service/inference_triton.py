@@ -25,7 +25,7 @@ from onesearch.runtime import Decoder
 from onesearch.search import Clock, Searcher, replay
 from onesearch.sequence import Prompt
 from onesearch.sid import Codes
-from service.inference import EmbeddedRunner
+from service.inference import EmbeddedRunner, search_threads
 from trie import AnyTrie, SidTrie
 
 FALLBACK = "inference_fallback"
@@ -190,7 +190,7 @@ class TritonRunner(EmbeddedRunner):
     """Waits for the server on threads: at most `concurrency` searches are under way at the same time."""
 
     def __init__(self, searcher: TritonSearcher, concurrency: int) -> None:
-        super().__init__(searcher, concurrency)
+        super().__init__(searcher, search_threads(concurrency))
         self._model = searcher.model
 
     async def close(self) -> None:

@@ -3,6 +3,8 @@
 import sqlite3
 from collections.abc import Sequence
 
+import orjson
+
 from service import keywords_sqlite
 from service.sqlite_file import SqliteFile
 from service.state import LIMITS, History, Stamped, UserState, Visit
@@ -15,9 +17,12 @@ CREATE INDEX IF NOT EXISTS history_of_user ON history (user, list, id);
 CREATE INDEX IF NOT EXISTS history_by_age ON history (at);
 CREATE TABLE IF NOT EXISTS profile (user TEXT PRIMARY KEY, at REAL NOT NULL, value TEXT NOT NULL) WITHOUT ROWID;
 """
+# All rows as one: between two rows sqlite3 lets go of the interpreter, and under load it is long in getting it back.
 _READ = """
-SELECT 'profile', at, value FROM profile WHERE user = ?1 AND at > ?2
-UNION ALL SELECT * FROM (SELECT list, at, value FROM history WHERE user = ?1 AND at > ?2 ORDER BY id)
+SELECT json_group_array(json_array(list, printf('%.17g', at), value)) FROM (
+    SELECT 'profile' AS list, at, value FROM profile WHERE user = ?1 AND at > ?2
+    UNION ALL SELECT * FROM (SELECT list, at, value FROM history WHERE user = ?1 AND at > ?2 ORDER BY id)
+)
 """
 _APPEND = "INSERT INTO history (user, list, at, value) VALUES (?, ?, ?, ?)"
 _TRIM = """
@@ -67,8 +72,8 @@ class SqliteUsers:
 
     def _read(self, db: sqlite3.Connection, user: str, now: float) -> UserState:
         found: dict[str, list[Stamped]] = {"profile": [], **{name: [] for name in LIMITS}}
-        for name, at, value in db.execute(_READ, (user, now - self._ttl)):
-            found[name].append(Stamped(at, value))
+        for name, at, value in orjson.loads(db.execute(_READ, (user, now - self._ttl)).fetchone()[0]):
+            found[name].append(Stamped(float(at), value))
         profile = found.pop("profile")
         histories = {name: tuple(entries) for name, entries in found.items()}
         return UserState(**histories, profile=profile[0].value if profile else "")

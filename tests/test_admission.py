@@ -16,10 +16,11 @@ from starlette.types import Scope
 
 from onesearch.context import SearchContext
 from onesearch.errors import ConfigError, DeadlineError
-from onesearch.search import SearchOptions, SearchResult
+from onesearch.live import LiveCatalog
+from onesearch.search import Clock, SearchOptions, SearchResult
 from service.admission import Admission, Overloaded, ladder
 from service.app import create_app
-from service.inference import EmbeddedRunner
+from service.inference import EmbeddedRunner, own_cores, search_threads
 from service.limits import RateLimit, TooManyRequests
 from service.problems import MEDIA_TYPE
 from service.store import open_store
@@ -46,7 +47,7 @@ def test_the_ladder_halves_twice_and_always_fills_the_page() -> None:
     assert ladder(16, 50) == (16,)
 
 
-async def test_no_more_run_than_allowed_and_the_others_start_in_the_order_they_came() -> None:
+async def test_one_more_is_let_in_than_runs_and_the_others_follow_in_the_order_they_came() -> None:
     gate, started, most = Admission(2, 10), [], 0
 
     async def one(number: int) -> None:
@@ -57,18 +58,18 @@ async def test_no_more_run_than_allowed_and_the_others_start_in_the_order_they_c
             await asyncio.sleep(0.01)
 
     await asyncio.gather(*(one(i) for i in range(8)))
-    assert (most, started, gate.running, gate.waiting) == (2, list(range(8)), 0, 0)
+    assert (most, started, gate.running, gate.waiting) == (3, list(range(8)), 0, 0)
 
 
 async def test_a_full_queue_turns_away_at_once() -> None:
     gate = Admission(1, 2)
-    running = [asyncio.create_task(use(gate, 0.05)) for _ in range(3)]
+    running = [asyncio.create_task(use(gate, 0.05)) for _ in range(4)]
     await asyncio.sleep(0)
     with pytest.raises(Overloaded) as caught:
         await use(gate, 0)
     assert caught.value.retry_after >= 1
     await asyncio.gather(*running)
-    await asyncio.sleep(0.5)  # until the pressure has faded
+    await asyncio.sleep(1.5)  # until the pressure has faded
     assert await use(gate, 0) == 512
 
 
@@ -79,7 +80,7 @@ async def test_a_queue_too_long_for_the_deadline_turns_away_at_once_and_a_patien
     gate = Admission(1, 100)
     for width in (512, 256, 128):
         gate._times.observe("bundle", width, 0.04)
-    running = [asyncio.create_task(use(gate, 0.04)) for _ in range(3)]
+    running = [asyncio.create_task(use(gate, 0.04)) for _ in range(4)]
     await asyncio.sleep(0)
     before = time.monotonic()
     with pytest.raises(Overloaded):
@@ -93,12 +94,12 @@ async def test_work_whose_deadline_has_passed_is_not_started() -> None:
     gate = Admission(1, 10)
     with pytest.raises(DeadlineError):
         await use(gate, 0, patience=0)
-    running = asyncio.create_task(use(gate, 0.2))
+    running = [asyncio.create_task(use(gate, 0.2)) for _ in range(2)]
     await asyncio.sleep(0)
     with pytest.raises(DeadlineError, match="waited"):
         await use(gate, 0, patience=0.03)
-    assert (gate.running, gate.waiting) == (1, 0)
-    await running
+    assert (gate.running, gate.waiting) == (2, 0)
+    await asyncio.gather(*running)
 
 
 async def test_beams_narrow_step_by_step_with_the_queue_and_widen_when_it_is_gone(
@@ -119,8 +120,9 @@ async def test_beams_narrow_step_by_step_with_the_queue_and_widen_when_it_is_gon
         await asyncio.sleep(0.001)
         event.set()
     await asyncio.gather(*searches)
-    # Waiting behind them when they start: none behind the first two, then 4, 3, 2 (two rungs down), 1 (one), none.
-    assert given == [512, 512, 128, 128, 128, 256, 512]
+    # The third is at hand, one rung down. Behind the next ones wait 3, 2 and 1, and each is at hand itself: 4, 3 and 2
+    # are two rungs down. The last one is alone at hand.
+    assert given == [512, 512, 256, 128, 128, 128, 256]
     assert await use(gate, 0) == 512
 
 
@@ -133,7 +135,7 @@ async def test_the_pressure_of_a_burst_fades(monkeypatch: pytest.MonkeyPatch) ->
     gate.waiting = 0
     widths = []
     for _ in range(4):
-        clock[0] += 0.05
+        clock[0] += 0.25
         widths.append(gate._choose("bundle", ladder(512, 20), 9))
     # 4 e^-0.5 = 2.4 and e^-1 = 1.5 of it: two rungs down, then one; 0.9 and 0.5: none.
     assert widths == [128, 256, 512, 512]
@@ -159,12 +161,14 @@ async def test_service_times_are_learnt_per_bundle_and_width_and_failures_teach_
     assert gate.running == 0
 
 
-async def test_a_caller_that_leaves_the_queue_leaves_no_trace() -> None:
+async def test_a_caller_that_leaves_the_queue_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.admission._MEMORY", 1e-9)
     gate = Admission(1, 10)
-    running, leaving = asyncio.create_task(use(gate, 0.03)), asyncio.create_task(use(gate, 0))
+    *running, leaving = (asyncio.create_task(use(gate, 0.03)) for _ in range(3))
     await asyncio.sleep(0.005)
+    assert gate.waiting == 1
     leaving.cancel()
-    await running
+    await asyncio.gather(*running)
     assert (gate.running, gate.waiting) == (0, 0)
     assert await use(gate, 0) == 512
 
@@ -175,7 +179,7 @@ async def test_searches_yield_to_the_event_loop() -> None:
         def search(self, context: SearchContext, options: SearchOptions) -> int:
             return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
 
-    runner = EmbeddedRunner(Priority(), 1)  # type: ignore[arg-type]
+    runner = EmbeddedRunner(Priority(), search_threads(1))  # type: ignore[arg-type]
     own = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
     lowered = await runner.search(SearchContext("shoe"), SearchOptions())
     await runner.close()
@@ -183,11 +187,35 @@ async def test_searches_yield_to_the_event_loop() -> None:
     assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == own
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have a core of their own on Linux only")
+def test_threads_that_fill_the_machine_keep_to_a_core_each() -> None:
+    mine = os.sched_getaffinity(0)
+    assert own_cores(len(mine)) == tuple(sorted(mine))
+    assert own_cores(len(mine) + 1) == ()
+    together = threading.Barrier(2)
+
+    def where() -> set[int]:
+        together.wait(10)
+        return os.sched_getaffinity(threading.get_native_id())
+
+    core = min(mine)
+    for cores, expected in (([core, core], [{core}, {core}]), ((), [mine, mine])):
+        with search_threads(2, cores) as threads:
+            assert [future.result(10) for future in [threads.submit(where) for _ in range(2)]] == expected
+    assert os.sched_getaffinity(0) == mine
+
+
 class SlowRunner(FakeRunner):
-    """Takes a while, in proportion to the width."""
+    """One search at a time, which takes a while in proportion to its width and is not begun after its deadline."""
+
+    def __init__(self, live: LiveCatalog) -> None:
+        super().__init__(live)
+        self._thread = asyncio.Lock()
 
     async def search(self, context: SearchContext, options: SearchOptions) -> SearchResult:
-        await asyncio.sleep(options.width / 64 * 0.02)
+        async with self._thread:
+            Clock(deadline=options.deadline).check()
+            await asyncio.sleep(options.width / 64 * 0.02)
         return await super().search(context, options)
 
 
@@ -221,7 +249,7 @@ async def flood(client: TestClient, count: int, headers: dict[str, str] | None =
 
 
 async def test_a_flooded_service_narrows_then_refuses_with_retry_after_and_recovers(start: Start) -> None:
-    client = start(concurrency=1, queue_limit=4)
+    client = start(concurrency=1, queue_limit=3)
     answers = await flood(client, 16)
     served = [answer.json() for answer in answers if answer.status_code == 200]
     refused = [answer for answer in answers if answer.status_code != 200]
@@ -240,7 +268,7 @@ async def test_a_flooded_service_narrows_then_refuses_with_retry_after_and_recov
     assert f'onesearch_degraded_total{{reason="narrow_beam"}} {float(len(narrow))}' in text
     assert "onesearch_searches_waiting 0.0" in text
     assert 'onesearch_stage_seconds_count{stage="queue"' in text
-    await asyncio.sleep(0.5)  # until the pressure has faded
+    await asyncio.sleep(2)  # until the pressure has faded
     after = client.post("/v1/search", json={"query": "shoes"}).json()
     assert after["degraded"] == []
 
