@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from onesearch.model import OneSearchModel
 from training.batches import Batch, Inputs, collate
-from training.distill import SdftObjective
+from training.distill import SdftObjective, _ended
 from training.losses import sid_kl, sid_nll
 from training.objective import evaluating, perturbed
 from training.samples import Sample
@@ -210,6 +210,18 @@ def test_the_distillation_token_ends_the_students_prompt_and_learns() -> None:
     _, without = gradient(objective(mode="self").eval(), of)
     rows = next(n for n in got if got[n].shape == objective().model.embedding.shape)
     assert got[rows][RENDERER.distill].abs().max() > 0 and without[rows][RENDERER.distill].abs().max() == 0
+
+
+def test_the_divergence_is_that_of_the_distillation_tokens_pass() -> None:
+    of, model = batch(), tiny_model(RENDERER).eval()
+    parts, _ = gradient(objective(model, mode="token").eval(), of)
+    assert of.teacher is not None
+    with torch.no_grad():
+        teacher, ended, plain = (
+            model.sid_logits(*prompt, of.target) for prompt in (of.teacher, _ended(of.prompt, RENDERER), of.prompt)
+        )
+    assert parts["kl"] == pytest.approx(of.plain_mean(sid_kl(teacher, ended)).item(), rel=1e-3)
+    assert parts["kl"] != pytest.approx(of.plain_mean(sid_kl(teacher, plain)).item(), rel=1e-2)
 
 
 @BACKBONES

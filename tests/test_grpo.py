@@ -121,6 +121,12 @@ def test_labels_are_drawn_from_all_targets_and_orders_twice_as_often() -> None:
     assert labels.count(tuple(row.targets[0])) == 100 and labels.count(tuple(row.targets[1])) == 200
 
 
+def test_the_auxiliary_term_is_the_mean_likelihood_of_the_label() -> None:
+    model = tiny_model(RENDERER)
+    alone, both = (objective(replace(PLAIN, aux_sft=share), model).gradients(STEP)["loss"] for share in (0.0, 0.5))
+    assert both - alone == pytest.approx(0.5 * np.mean(np.log(SIZES)), rel=0.1)  # a fresh model knows nothing
+
+
 def test_every_prompt_of_every_step_draws_a_label_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     draws: list[float] = []
     label = grpo._label

@@ -22,10 +22,13 @@ JUDGED = pl.DataFrame({"query": ["Red shoes"], "item_title": ["blue bag"], "scor
 RATE = calibrated(100, 30, 5)[0]
 
 
-def rewards(config: RewardConfig | None = None, bonuses: list[Bonus] | None = None) -> Rewards:
+def rewards(
+    config: RewardConfig | None = None, bonuses: list[Bonus] | None = None, second: float = 0.5
+) -> Rewards:
+    """second: popularity of item 2, where the others have 1."""
     counts = Counts(dict.fromkeys(SIDS, 100), dict.fromkeys(SIDS, 30), dict.fromkeys(SIDS, 5))
     relevance = Relevance(tiny_items(), [VIEW], JUDGED)
-    popularity = {i: 1.0 for i in SIDS} | {2: 0.5}
+    popularity = {i: 1.0 for i in SIDS} | {2: second}
     return Rewards(config or RewardConfig(), SIDS, popularity, counts, relevance, bonuses or [])
 
 
@@ -46,7 +49,8 @@ def test_rewards_by_hand(item: int, expected: float) -> None:
 
 def test_several_items_of_a_sid_are_rewarded_as_the_one_that_is_shown() -> None:
     made = rewards()
-    assert made.item([1, 0, 0, 0, 0]) == 1  # by popularity
+    assert made.item([1, 0, 0, 0, 0]) == rewards(second=1.0).item([1, 0, 0, 0, 0]) == 1  # by popularity, then id
+    assert rewards(second=2.0).item([1, 0, 0, 0, 0]) == 2
     clicked_second = replace(VIEW, clicked=(2,), ordered=())
     assert made.score(clicked_second, SIDS[2][None]).tolist() == pytest.approx([RATE + 3])  # 1 is shown, not 2
 
