@@ -44,7 +44,8 @@ class BeamSearch {
 
   // Prefixes of the rows: out is [rows, level].
   void write_rows(Code* out) const {
-    for (const std::uint32_t b : asked_) out = std::copy_n(beams_[b].codes.begin(), level_, out);
+    for (std::uint32_t t = 0; t < level_; ++t)  // a few bytes of each row: a copy of every row is a call
+      for (std::size_t r = 0; r < asked_.size(); ++r) out[r * level_ + t] = beams_[asked_[r]].codes[t];
   }
 
   // Row of each row's parent among those of the previous level: out is [rows].
