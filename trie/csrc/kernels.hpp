@@ -65,6 +65,12 @@ inline ExpSum exp_sum_with(Max max_finite, Sum sum_exp, const float* x, std::siz
   return {double{max}, std::isnan(max) ? double{max} : std::log(sum_exp(x, n, max))};
 }
 
+// `exp_sums` row by row.
+template <auto max_finite, auto sum_exp>
+inline void exp_sums_with(const float* const* rows, std::size_t count, std::size_t n, ExpSum* out) {
+  for (std::size_t r = 0; r < count; ++r) out[r] = exp_sum_with(max_finite, sum_exp, rows[r], n);
+}
+
 // exp(x) for x <= 0: x = k ln2 + r with |r| <= ln2 / 2, then a degree-6 polynomial (Cephes coefficients).
 namespace expf_constants {
 constexpr float kLog2e = 1.44269504088896341f;
@@ -134,9 +140,7 @@ inline void lift(const std::uint64_t* bits, const std::uint64_t* ends, std::size
   lift_with(pack, bits, ends, words, out);
 }
 
-inline void exp_sums(const float* const* rows, std::size_t count, std::size_t n, ExpSum* out) {
-  for (std::size_t r = 0; r < count; ++r) out[r] = exp_sum_with(max_finite, sum_exp, rows[r], n);
-}
+constexpr auto exp_sums = exp_sums_with<max_finite, sum_exp>;
 
 constexpr Kernels kernels{max_finite, exp_sums, count, at_least, lift};
 

@@ -92,9 +92,7 @@ SID_AVX2 inline double sum_exp(const float* x, std::size_t n, float max) {
   return (sum[0] + sum[2]) + (sum[1] + sum[3]);
 }
 
-inline void exp_sums(const float* const* rows, std::size_t count, std::size_t n, ExpSum* out) {
-  for (std::size_t r = 0; r < count; ++r) out[r] = exp_sum_with(max_finite, sum_exp, rows[r], n);
-}
+constexpr auto exp_sums = exp_sums_with<max_finite, sum_exp>;
 
 SID_AVX2 inline std::size_t at_least(const float* x, std::size_t n, float bar, std::uint32_t* out) {
   const __m256 limit = _mm256_set1_ps(bar);
