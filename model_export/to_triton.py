@@ -105,13 +105,21 @@ def write_version(
     with _whole(*(repository / model / str(number) for model in MODELS)) as (prefill, step, search):
         for folder, file in ((prefill, PREFILL_FILE), (step, STEP_FILE)):
             source = bundle.graphs / file if engines is None else (engines / file).with_suffix(".plan")
-            shutil.copyfile(source, folder / f"model{source.suffix}")
+            copy_graph(source, folder)
         shutil.copytree(bundle.graphs, search / "graphs", ignore=shutil.ignore_patterns(STAMP))
         shutil.copyfile(Path(__file__).with_name("triton_search.py"), search / "model.py")
         remote.write_recorded(search / RECORD, recorded)
         (search / ABOUT).write_bytes(
             orjson.dumps(_about(bundle, serving, engines, kind), option=orjson.OPT_INDENT_2)
         )
+
+
+def copy_graph(source: Path, folder: Path) -> None:
+    """Copy a graph or engine to `model.*`, with the large weights that lie beside it under the name the graph gives."""
+    shutil.copyfile(source, folder / f"model{source.suffix}")
+    weights = source.with_name(f"{source.name}.data")
+    if weights.exists():
+        shutil.copyfile(weights, folder / weights.name)
 
 
 def activate(repository: Path, number: int, beside: int | None = None) -> None:

@@ -9,7 +9,7 @@ import torch
 from tiny_bundle import write_tiny_bundle
 from typer.testing import CliRunner
 
-from model_export import cli, gate, parity, quantise, to_onnx
+from model_export import cli, gate, parity, quantise, to_onnx, to_triton
 from model_export.cli import export_onnx
 from model_export.parity import Comparison, Parity
 from onesearch.bundle import open_bundle
@@ -215,3 +215,14 @@ def test_faults_name_the_worst_example():
     assert Parity("fp32", (good, good)).faults() == []
     (fault,) = Parity("fp32", (good, replace(good, query="bag", logits=0.5))).faults()
     assert fault == "fp32: logits differ by 0.5 on example 1 ('bag'), allowed 0.0001"
+
+
+def test_a_graph_whose_weights_lie_beside_it_is_copied_whole_to_triton(exported, tmp_path):
+    step, source, version = exported[0] / "graphs" / "step.onnx", tmp_path / "step.onnx", tmp_path / "1"
+    onnx.save(onnx.load(step), source, save_as_external_data=True, location="step.onnx.data", size_threshold=0)
+    version.mkdir()
+    to_triton.copy_graph(source, version)
+    source.with_name("step.onnx.data").unlink()
+    assert sorted(path.name for path in version.iterdir()) == ["model.onnx", "step.onnx.data"]
+    weights = [onnx.load(path).graph.initializer for path in (version / "model.onnx", step)]
+    assert [t.raw_data for t in weights[0]] == [t.raw_data for t in weights[1]]
