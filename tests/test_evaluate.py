@@ -86,9 +86,9 @@ def subject(tmp_path):
     return Subject(FakeSearcher(), free, catalog, SidTrie.build(sids, SIZES), SearchOptions(limit=100, width=8))
 
 
-def session(number, query, clicked, split="test", bought=(), shown=(10, 11, 12, 13, 14, 99)):
+def session(number, query, clicked, split="test", bought=(), shown=(10, 11, 12, 13, 14, 99), user=0):
     return {
-        "user_id": 0,
+        "user_id": user,
         "session_id": number,
         "query": query,
         "time_index": number,
@@ -165,7 +165,22 @@ def test_logs_report_spread_validity_and_every_count(subject):
     assert report.facts["search_ms"] == {"p50": 3.0, "p95": 3.0}
     assert report.facts["train_count_of_query"] == {"tail": "<= 0", "middle": "> 0, <= 1", "head": "> 1"}
     assert [measured(report, f"{name} queries", "HR@10").count for name in ("head", "middle", "tail")] == [1, 1, 1]
-    assert report.facts["empty_slices"] == ["cold items", "hot items"]  # no times, no orders in training
+    alike = ["mid-activity users", "high-activity users"]  # there is one user
+    assert report.facts["empty_slices"] == [*alike, "cold items", "hot items"]  # no times, no orders in training
+
+
+def test_users_are_told_apart_by_what_they_did_in_training(subject):
+    train = (session(1, "red", [13], "train", user=2), session(2, "red", [13, 10], "train", bought=[13], user=3))
+    test = (  # of users with nothing, a search and a click, and a search, two clicks and an order in training
+        session(4, "red", [10], user=1),
+        session(5, "blue shoes", [11], user=2),
+        session(6, "bag", [13, 99], user=3),
+    )
+    report = evaluate_logs(subject, views(*train, *test), "test", None, seed=0)
+    assert report.facts["train_count_of_user"] == {"low": "<= 0", "mid": "> 0, <= 2", "high": "> 2"}
+    found = {name: measured(report, f"{name}-activity users", "MRR@10") for name in ("low", "mid", "high")}
+    assert {name: row.count for name, row in found.items()} == {"low": 1, "mid": 1, "high": 1}
+    assert [row.systems["model"].value for row in found.values()] == [1.0, 0.5, 0.25]
 
 
 def test_results_that_show_what_a_query_excludes_are_counted(subject, tmp_path):

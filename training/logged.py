@@ -8,7 +8,6 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -94,7 +93,9 @@ def evaluate_logs(
     ranked = ranking.rows
     units = clicked_units(asked, subject.catalog.row_of)
     ranks = _ranks(units, ranked, subject.catalog)
-    slices, cuts = _slices(asked, units, train, subject.catalog)
+    slices, cuts = query_slices(asked, units, train)
+    users, activity = _user_slices(asked, units, train)
+    slices |= users | _item_slices(asked, units, train, subject.catalog)
     measured: list[Measured] = []
     for name, keep in slices.items():
         measured += compare(name, _values(ranks, units, keep, name in _DETAILED), MODEL, seed)
@@ -114,6 +115,7 @@ def evaluate_logs(
         "clicked_items": len(units.row),
         "clicked_items_not_in_catalog": int((units.row < 0).sum()),
         "train_count_of_query": cuts,
+        "train_count_of_user": activity,
         "empty_slices": [name for name, keep in slices.items() if not keep.any()],
     }
     kept = {name: np.flatnonzero(keep).tolist() for name, keep in slices.items()}
@@ -147,15 +149,14 @@ def clicked_units(asked: Sequence[PageView], row_of: Callable[[int], int | None]
     )
 
 
-def _slices(
+def _item_slices(
     asked: Sequence[PageView], units: Units, train: Sequence[PageView], catalog: Catalog
-) -> tuple[dict[str, Mask], dict[str, Any]]:
-    """`query_slices`, and masks for items never clicked in training, cold ones and hot ones (spec §5.2).
+) -> dict[str, Mask]:
+    """Masks over units for items never clicked in training, cold ones and hot ones (spec §5.2).
 
     Cold: published at most COLD_DAYS before the page view (times in Unix seconds) and never clicked in training. Hot:
     among the top HOT_SHARE of its leaf category by orders in training.
     """
-    masks, cuts = query_slices(asked, units, train)
     warm = np.zeros(catalog.num_items + 1, dtype=np.bool_)  # the last entry stands for items not in the catalog
     warm[-1] = True
     for view in train:
@@ -165,7 +166,7 @@ def _slices(
     fresh = (published > 0) & (age >= 0) & (age <= COLD_DAYS * 86_400)
     hot = np.append(best_sellers(catalog, train), False)
     new = ~warm[units.row]
-    return masks | {"not clicked in train": new, "cold items": fresh & new, "hot items": hot[units.row]}, cuts
+    return {"not clicked in train": new, "cold items": fresh & new, "hot items": hot[units.row]}
 
 
 def best_sellers(catalog: Catalog, train: Sequence[PageView]) -> Mask:
@@ -219,20 +220,35 @@ def _calibration(ranking: Ranking, units: Units, catalog: Catalog) -> Measured:
 
 def query_slices(
     asked: Sequence[PageView], units: Units, train: Sequence[PageView]
-) -> tuple[dict[str, Mask], dict[str, Any]]:
+) -> tuple[dict[str, Mask], dict[str, str]]:
     """Masks over units by action and by terciles of the query's training count, and where the terciles were cut."""
     counts = Counter(view.context.query for view in train)
-    seen = np.asarray([counts[view.context.query] for view in asked])
-    low, high = (int(cut) for cut in np.percentile(seen, [100 / 3, 200 / 3], method="lower"))
-    of_unit = seen[units.view]
-    masks = {
-        "clicks": np.ones(len(units.row), dtype=np.bool_),
-        "orders": units.ordered,
-        "head queries": of_unit > high,
-        "middle queries": (of_unit > low) & (of_unit <= high),
-        "tail queries": of_unit <= low,
-    }
-    return masks, {"tail": f"<= {low}", "middle": f"> {low}, <= {high}", "head": f"> {high}"}
+    masks, cuts = _terciles([counts[view.context.query] for view in asked], units, ("tail", "middle", "head"))
+    whole = {"clicks": np.ones(len(units.row), dtype=np.bool_), "orders": units.ordered}
+    return whole | {f"{name} queries": masks[name] for name in ("head", "middle", "tail")}, cuts
+
+
+def _user_slices(
+    asked: Sequence[PageView], units: Units, train: Sequence[PageView]
+) -> tuple[dict[str, Mask], dict[str, str]]:
+    """Masks over units by terciles of what the user did in training: searches, clicks and orders added up (spec §5.2,
+    which counts spend too: logs have none)."""
+    counts: Counter[int] = Counter()
+    for view in train:
+        counts[view.user_id] += 1 + len(view.clicked) + len(view.ordered)
+    masks, cuts = _terciles([counts[view.user_id] for view in asked], units, ("low", "mid", "high"))
+    return {f"{name}-activity users": mask for name, mask in masks.items()}, cuts
+
+
+def _terciles(
+    counts: Sequence[int], units: Units, names: tuple[str, str, str]
+) -> tuple[dict[str, Mask], dict[str, str]]:
+    """Masks over units by terciles of a count per page view, lowest first, and where they were cut."""
+    low, high = (int(cut) for cut in np.percentile(counts, [100 / 3, 200 / 3], method="lower"))
+    of_unit = np.asarray(counts)[units.view]
+    masks = (of_unit <= low, (of_unit > low) & (of_unit <= high), of_unit > high)
+    cuts = (f"<= {low}", f"> {low}, <= {high}", f"> {high}")
+    return dict(zip(names, masks, strict=True)), dict(zip(names, cuts, strict=True))
 
 
 def _ranks(units: Units, ranked: Mapping[str, Sequence[Rows]], catalog: Catalog) -> dict[str, dict[str, Ranks]]:
