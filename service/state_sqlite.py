@@ -19,7 +19,7 @@ CREATE TABLE IF NOT EXISTS profile (user TEXT PRIMARY KEY, at REAL NOT NULL, val
 """
 # All rows as one: between two rows sqlite3 lets go of the interpreter, and under load it is long in getting it back.
 _READ = """
-SELECT json_group_array(json_array(list, printf('%.17g', at), value)) FROM (
+SELECT json_group_array(json_array(list, printf('%!.17g', at), value)) FROM (
     SELECT 'profile' AS list, at, value FROM profile WHERE user = ?1 AND at > ?2
     UNION ALL SELECT * FROM (SELECT list, at, value FROM history WHERE user = ?1 AND at > ?2 ORDER BY id)
 )

@@ -1,6 +1,7 @@
 """User state: one suite that the SQLite file and a real Redis must both pass."""
 
 import asyncio
+import random
 import sqlite3
 import subprocess
 import sys
@@ -103,6 +104,14 @@ async def test_queries_come_back_letter_by_letter(store: Store) -> None:
     for query in odd:
         await ask(store, "ann", query)
     assert values(await store.users.read("ann", NOW))[0] == odd
+
+
+async def test_times_come_back_to_the_last_bit(store: Store) -> None:
+    chance = random.Random(1)
+    times = sorted(NOW - chance.random() * 1000 for _ in range(25))
+    for number, at in enumerate(times):
+        await ask(store, "ann", f"q{number}", at)
+    assert [query.at for query in (await store.users.read("ann", NOW)).queries] == times
 
 
 async def test_lists_are_bounded_and_keep_the_latest(store: Store) -> None:
