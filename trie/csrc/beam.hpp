@@ -1,15 +1,16 @@
 // One beam search over a trie and, optionally, a small trie of additions. The model lives outside: `advance` takes the
 // logits of the current rows and does the whole level in one call: finite check and log-softmax in one pass over
-// them, candidate scan, selection, new rows. With `chunk` > 0 the last level takes several calls, best beams first, and ends as soon as no
-// beam that is left can reach the results. Scores are sums of log-probabilities in double; keys.hpp has the order.
+// them, candidate scan, selection, new rows. With `chunk` > 0 the last level takes several calls, best beams first, and
+// ends as soon as no beam that is left can reach the results. Scores are sums of log-probabilities in double; keys.hpp
+// has the order.
 #pragma once
 
 #include <numeric>
 #include <string>
 
+#include "candidates.hpp"
 #include "kernels.hpp"
 #include "keys.hpp"
-#include "layers.hpp"
 
 namespace sid {
 
@@ -32,6 +33,8 @@ class BeamSearch {
     }
     begin_level();
   }
+  BeamSearch(const BeamSearch&) = delete;  // candidates_ refers to layers_
+  BeamSearch& operator=(const BeamSearch&) = delete;
 
   // Rows that need logits now. Row order is code order.
   std::uint32_t rows() const { return static_cast<std::uint32_t>(asked_.size()); }
@@ -107,14 +110,15 @@ class BeamSearch {
     asked_.clear();
     waiting_.clear();
     if (done()) return;
-    fetch_children();
+    candidates_.fetch(level_, beams_);
+    hits_.resize(std::max(hits_.size(), candidates_.most()));
     softmax_.resize(beams_.size());
     best_.reset(last() ? options_.top_n : options_.width);
     for (std::uint32_t b = 0; b < beams_.size(); ++b) {
       if (!beams_[b].settled)
         asked_.push_back(b);
       else
-        best_.push(make_key(beams_[b].score, first_place_[b] + only_place(b)));
+        best_.push(make_key(beams_[b].score, candidates_.only_place(b, beams_[b].nodes)));
     }
     if (!last() || options_.chunk == 0 || asked_.size() <= options_.chunk) return;
     waiting_.swap(asked_);
@@ -133,51 +137,13 @@ class BeamSearch {
     return true;
   }
 
-  // Children of every beam in one tight loop, so that the cache misses overlap.
-  void fetch_children() {
-    const Level& level = layers_.level(level_);
-    children_.resize(beams_.size());
-    first_place_.resize(beams_.size() + 1);
-    alone_.clear();
-    shared_.clear();
-    added_.clear();
-    for (std::uint32_t b = 0; b < beams_.size(); ++b) {
-      const EdgeRange range = layers_.base_children(level_, beams_[b].nodes);
-      children_[b] = {range.begin, range.size(), {}, {}};
-      __builtin_prefetch(level.codes + range.begin);
-      if (beams_[b].nodes.added == kNone) continue;
-      added_.push_back({b, alone_.size(), shared_.size()});
-      layers_.add_children(level_, beams_[b].nodes, alone_, shared_);
-    }
-    added_.push_back({0, alone_.size(), shared_.size()});
-    for (std::size_t i = 0; i + 1 < added_.size(); ++i) {
-      children_[added_[i].beam].alone = {alone_.data() + added_[i].alone, alone_.data() + added_[i + 1].alone};
-      children_[added_[i].beam].shared = {shared_.data() + added_[i].shared, shared_.data() + added_[i + 1].shared};
-    }
-    first_place_[0] = 0;
-    std::uint32_t most = 0;
-    for (std::size_t b = 0; b < beams_.size(); ++b) {
-      most = std::max(most, children_[b].places());
-      first_place_[b + 1] = first_place_[b] + children_[b].places();
-    }
-    values_.resize(std::max<std::size_t>(values_.size(), most + 1));
-    hits_.resize(values_.size());
-    places_.resize(values_.size());
-  }
-
-  // Place of a settled beam's only legal child.
-  std::uint32_t only_place(std::uint32_t b) const {
-    const Nodes child = *layers_.only_child(level_, beams_[b].nodes);
-    return child.base == kNone ? children_[b].alone[0].position : children_[b].place(child.base - children_[b].begin);
-  }
-
   // Every row's softmax and candidates, a few rows at a time, so that they are scanned while they are still in the
   // nearest cache. With many candidates the most promising rows come first: they give a floor that spares the others
   // most of the work.
   void expand(const float* logits) {
     order_.resize(rows());
     std::iota(order_.begin(), order_.end(), 0u);
-    const bool many = first_place_.back() > kMany * best_.capacity();
+    const bool many = candidates_.size() > kMany * best_.capacity();
     std::size_t done = 0;
     if (many) {
       done = promising_first();
@@ -230,7 +196,7 @@ class BeamSearch {
     float largest = 0.0f;
     for (const std::uint32_t r : rows) {
       const std::uint32_t b = asked_[r];
-      const std::span<const float> values = collect(b, logits + r * row_size());
+      const std::span<const float> values = collect(b, logits + r * row_size()).logits;
       const auto offset = static_cast<float>(softmax_[b].base - softmax_[b].shift);
       largest = std::max(largest, std::abs(offset));
       const std::size_t before = sample_.size();
@@ -262,63 +228,25 @@ class BeamSearch {
   void scan(std::uint32_t r, const float* logits, bool many) {
     const std::uint32_t b = asked_[r];
     if (beams_[b].score < best_.lowest_score()) return;
-    const std::span<const float> values = collect(b, logits + r * row_size());
-    const std::uint32_t* const places = renumber(children_[b]) ? places_.data() : nullptr;
-    const auto push = [&](std::uint32_t i) {
-      best_.push(make_key(score(b, values[i]), first_place_[b] + (places ? places[i] : i)));
-    };
+    const Candidates::Collected legal = collect(b, logits + r * row_size());
+    const std::span<const float> values = legal.logits;
+    const auto push = [&](std::uint32_t i) { best_.push(make_key(score(b, values[i]), legal.place(i))); };
     if (many && values.size() > kFew)
       for (const std::uint32_t i : hits(b, values)) push(i);
     else
       for (std::uint32_t i = 0; i < values.size(); ++i) push(i);
   }
 
-  // Whether the legal children are others than the base's, so that values_ is numbered by places_.
-  bool renumber(const Children& children) const { return layers_.base().mask || !children.alone.empty(); }
-
-  // Logits of a beam's legal children, in code order, and, where renumber says so, their places in places_. In `legal`
-  // mode their softmax as well.
-  std::span<const float> collect(std::uint32_t b, const float* row) {
-    const Children& children = children_[b];
-    const Code* const codes = layers_.level(level_).codes + children.begin;
-    std::uint32_t count = 0;
-    if (renumber(children)) {
-      count = collect_legal(children, codes, row);
-    } else {
-      count = children.size;
-      gather(row, codes, count, values_.data());
-    }
-    const std::span<const float> values{values_.data(), count};
+  // A beam's legal children, in `legal` mode with their softmax.
+  Candidates::Collected collect(std::uint32_t b, const float* row) {
+    const Candidates::Collected legal = candidates_.collect(b, row);
     if (options_.legal) {
       ExpSum exp;
-      const float* const row_of_legal = values.data();
-      kernels_.exp_sums(&row_of_legal, 1, values.size(), &exp);
+      const float* const logits = legal.logits.data();
+      kernels_.exp_sums(&logits, 1, legal.logits.size(), &exp);
       softmax_[b] = {beams_[b].score - exp.log_sum, exp.shift};
     }
-    return values;
-  }
-
-  static void gather(const float* row, const Code* codes, std::uint32_t n, float* out) {
-#pragma GCC unroll 8
-    for (std::uint32_t i = 0; i < n; ++i) out[i] = row[codes[i]];
-  }
-
-  std::uint32_t collect_legal(const Children& children, const Code* codes, const float* row) {
-    std::uint32_t count = 0, k = 0;
-    const auto add_alone_before = [&](std::uint32_t place) {
-      for (; k < children.alone.size() && children.alone[k].position == place; ++k, ++place) {
-        places_[count] = place;
-        values_[count++] = row[children.alone[k].code];
-      }
-    };
-    for (std::uint32_t i = 0; i < children.size; ++i) {
-      add_alone_before(i + k);
-      places_[count] = i + k;
-      values_[count] = row[codes[i]];
-      count += layers_.base().legal(level_, children.begin + i);
-    }
-    add_alone_before(children.size + k);
-    return count;
+    return legal;
   }
 
   // Positions in `values` that may still reach the floor. Rounding the bar down by one float keeps the filter safe:
@@ -342,9 +270,9 @@ class BeamSearch {
     next_beams_.reserve(keys.size());
     std::uint32_t b = 0, row = 0;
     for (const Key key : keys) {
-      for (; place_of(key) >= first_place_[b + 1]; ++b) row += !beams_[b].settled;
+      for (; place_of(key) >= candidates_.end(b); ++b) row += !beams_[b].settled;
       const Beam& parent = beams_[b];
-      Beam child{parent.codes, parent.score, children_[b].at(place_of(key) - first_place_[b]), row, parent.settled};
+      Beam child{parent.codes, parent.score, candidates_.at(b, place_of(key)), row, parent.settled};
       const Code code = child.codes[level_] = layers_.code(level_, child.nodes);
       if (last()) {  // its logits may be gone, and nobody needs more than a float any more
         child.score = score_of(key);
@@ -368,23 +296,13 @@ class BeamSearch {
   std::vector<std::uint32_t> waiting_;          // beams without a row yet, the best last
   std::vector<std::size_t> kept_;
   // Of one level.
-  std::vector<Children> children_;          // of each beam
-  std::vector<std::uint32_t> first_place_;  // of each beam's children among all candidates, in code order
-  std::vector<Alone> alone_;
-  std::vector<Shared> shared_;
-  struct Contribution {
-    std::uint32_t beam;
-    std::size_t alone, shared;  // where its children begin
-  };
-  std::vector<Contribution> added_;
+  Candidates candidates_{layers_};
   std::vector<Softmax> softmax_;            // of each beam
   std::vector<double> scores_;
   std::vector<std::uint32_t> order_;        // of the rows
   std::vector<float> sample_;               // scores of some candidates
   BestKeys best_;
-  // Of one row.
-  std::vector<std::uint32_t> hits_, places_;
-  std::vector<float> values_;
+  std::vector<std::uint32_t> hits_;         // of one row
 };
 
 }  // namespace sid

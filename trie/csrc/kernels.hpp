@@ -1,5 +1,5 @@
-// The loops over logits and bits that dominate a search, as portable code here and as AVX2 and AVX-512 code in
-// kernels_x86.hpp. The choice is made at run time, so that one binary runs on every x86-64 (and, portably, elsewhere).
+// The loops over logits and bits that dominate a search, as portable code here and as AVX2 and AVX-512 code in files of
+// their own. The choice is made at run time, so that one binary runs on every x86-64 (and, portably, elsewhere).
 #pragma once
 
 #include <algorithm>
@@ -149,7 +149,8 @@ constexpr Kernels kernels{max_finite, exp_sums, count, at_least, lift};
 }  // namespace sid
 
 #if defined(__x86_64__)
-#include "kernels_x86.hpp"
+#include "kernels_avx2.hpp"
+#include "kernels_avx512.hpp"
 #endif
 
 namespace sid {
