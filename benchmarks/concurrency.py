@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.trie import hardware
+from benchmarks.wire import hardware
 from onesearch.bundle import Bundle, HeldOut, open_bundle, read_held_out
 from onesearch.runtime import Precision, open_decoder
 from onesearch.search import Searcher, SearchOptions

@@ -33,7 +33,8 @@ from transformers import BartForConditionalGeneration
 import decoder
 from benchmarks import peers
 from benchmarks.floor import multiply_adds, peak_fp32, peak_int8
-from benchmarks.trie import SIZES, catalog, hardware, prefix_dictionary, timed
+from benchmarks.trie import SIZES, catalog, prefix_dictionary, timed
+from benchmarks.wire import hardware
 from model_export import quantise, to_onnx
 from onesearch.bundle import open_bundle
 from onesearch.decode import BeamConfig, BeamResult, beam_search

@@ -17,8 +17,6 @@ round that was the worst for us.
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import tempfile
 import time
@@ -32,6 +30,7 @@ import numpy.typing as npt
 import torch
 from transformers import PrefixConstrainedLogitsProcessor
 
+from benchmarks.wire import hardware
 from onesearch.decode import BeamConfig, beam_search
 from trie import AnyMask, AnyTrie, Overlay, SidTrie
 
@@ -257,16 +256,6 @@ def in_turns(
         (statistics.median(timed(ours, repeats, warm_up)), timed(baseline, 1, warm_up=0)[0]) for _ in range(rounds)
     ]
     return [mine for mine, _ in pairs], [theirs for _, theirs in pairs]
-
-
-def hardware() -> str:
-    """CPU model and visible cores."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    model = next(
-        (line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine()
-    )
-    return f"{model}, {os.cpu_count()} cores"
 
 
 def measure(items: int, with_hf: bool) -> dict[str, object]:

@@ -7,6 +7,7 @@ are busy, so a slow server never delays a request before it is sent.
 import asyncio
 import json
 import os
+import platform
 import shutil
 import signal
 import socket
@@ -200,8 +201,10 @@ def free_port() -> int:
 
 def hardware() -> str:
     """Processor model and visible cores."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    model = next(names, platform.machine())
     return f"{model}, {os.cpu_count()} cores"
 
 

@@ -61,9 +61,8 @@ class Envelope:
         self._readiness = readiness
         self._rate_limit = rate_limit
         self._tracer = tracer
-        self._random = (
-            random.Random()
-        )  # names need no secrecy, and the system's random numbers cost the loop a pause
+        # Names need no secrecy, and the system's random numbers cost the loop a pause.
+        self._random = random.Random()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

@@ -64,5 +64,5 @@ def search_threads(count: int, cores: Sequence[int] = ()) -> ThreadPoolExecutor:
 
 def own_cores(count: int) -> Sequence[int]:
     """The cores this process may use if they are as many as `count`, else none: then searches do not fill them."""
-    cores = sorted(os.sched_getaffinity(0)) if sys.platform == "linux" else []
-    return tuple(cores) if len(cores) == count else ()
+    cores = tuple(sorted(os.sched_getaffinity(0))) if sys.platform == "linux" else ()
+    return cores if len(cores) == count else ()
