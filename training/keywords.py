@@ -3,12 +3,14 @@
 Dictionary phrases carry one of the 18 attribute types (spec §3.2): brands, sellers, categories and attribute values
 say their type themselves; short title segments are Marketing when every department uses them, else Modifiers when
 people also type them; a frequent query whose clicks spread over several categories is a Scene. Phrases are ranked by
-clicks on the items that carry them and the head is kept. Seeds of a frequent query are the categories its users
-clicked, strongest first. Only page views of the training split are read.
+clicks on the items that carry them and the head is kept. Seeds of a frequent query are the phrases that go with its
+clicks, words of a leaf category the attribute values that go with its items, both by pointwise mutual information.
+Page views of other splits than training are never read.
 """
 
+import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import orjson
 import polars as pl
@@ -18,8 +20,9 @@ from onesearch.text import normalise, words
 from training.columns import UNKNOWN
 from training.sessions import PageView
 
-MIN_SEED_CLICKS = 3
-MAX_SEEDS = 3
+MIN_SEED_CLICKS = 5  # of a query that gets seeds
+MIN_PAIR_CLICKS = 2  # of a query on items with the phrase
+MAX_SEEDS, MAX_WORDS = 4, 2
 MAX_PHRASE_CHARS = 30
 MAX_PHRASES = 50_000
 _SEGMENT_WORDS = 3
@@ -41,10 +44,13 @@ _ATTRIBUTE_TYPES = {
     **dict.fromkeys(("price", "价格"), "Price"),
     **dict.fromkeys(("type", "类型"), "Entity"),
 }
+_NO_SEEDS = {"Anchor", "Marketing", "Price"}  # say nothing of what is wanted
+_WORD_TYPES = {"Color", "Material", "Style", "Season", "Audience", "Pattern", "Function"}
 
 
 def mine_keywords(items: pl.DataFrame, views: Sequence[PageView], min_items: int) -> KeywordRules:
     """Rules from items and page views; a phrase needs `min_items` items (a Scene: page views) for the dictionary."""
+    views = [view for view in views if view.split == "train"]
     clicks = Counter(item for view in views for item in view.clicked)
     carriers: Counter[tuple[str, str]] = Counter()
     weight: Counter[tuple[str, str]] = Counter()
@@ -63,7 +69,8 @@ def mine_keywords(items: pl.DataFrame, views: Sequence[PageView], min_items: int
     for phrase, kind in sorted(kept, key=lambda pair: (-weight[pair], pair)):
         if 1 < len(phrase) <= MAX_PHRASE_CHARS and len(types) < MAX_PHRASES:
             types.setdefault(phrase, kind)  # a phrase has one type, that of most clicks
-    return KeywordRules(types, _seeds(items, views))
+    carried = {row["item_id"]: _describing(row, types) for row in items.iter_rows(named=True)}
+    return KeywordRules(types, _seeds(views, carried), _words(items, clicks, carried, types))
 
 
 def _phrases(row: Mapping[str, object]) -> Iterator[tuple[str, str]]:
@@ -127,14 +134,58 @@ def _scenes(items: pl.DataFrame, views: Sequence[PageView], min_views: int) -> I
             yield query, count
 
 
-def _seeds(items: pl.DataFrame, views: Sequence[PageView]) -> dict[str, tuple[str, ...]]:
-    named = items.select("item_id", "category_level2_name").iter_rows()
-    categories = {item: normalise(name) for item, name in named if name != UNKNOWN}
-    clicks: dict[str, Counter[str]] = defaultdict(Counter)
-    for view in views:
-        clicks[view.context.query].update(categories[i] for i in view.clicked if i in categories)
-    return {
-        query: tuple(name for name, _ in sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))[:MAX_SEEDS])
-        for query, counts in sorted(clicks.items())
-        if counts.total() >= MIN_SEED_CLICKS
-    }
+def _describing(row: Mapping[str, object], types: Mapping[str, str]) -> set[str]:
+    """Phrases of the dictionary that tell what an item is; of its categories the leaf alone."""
+    names = [normalise(str(row[f"category_level{level}_name"])) for level in (1, 2, 3)]
+    known = [name for name in names if name != normalise(UNKNOWN)]
+    phrases = {p for p, kind in _phrases(row) if types.get(p) == kind and kind not in _NO_SEEDS}
+    return phrases - (set(known) - set(known[-1:]))
+
+
+def _seeds(views: Sequence[PageView], carried: Mapping[int, set[str]]) -> dict[str, tuple[str, ...]]:
+    """Query → phrases of the items clicked for it."""
+    clicked = Counter((view.context.query, item) for view in views for item in view.clicked if item in carried)
+    found = associated(((query, carried[item], n) for (query, item), n in clicked.items()), MIN_PAIR_CLICKS)
+    asked: Counter[str] = Counter()
+    for (query, _), n in clicked.items():
+        asked[query] += n
+    return {q: found[q][:MAX_SEEDS] for q in sorted(found) if asked[q] >= MIN_SEED_CLICKS and found[q]}
+
+
+def _words(
+    items: pl.DataFrame, clicks: Mapping[int, int], carried: Mapping[int, set[str]], types: Mapping[str, str]
+) -> dict[str, tuple[str, ...]]:
+    """Leaf category → attribute values of its items; an item counts once and once more with every click."""
+    groups = [
+        (leaf, {p for p in carried[item] if types[p] in _WORD_TYPES}, 1 + clicks[item])
+        for item, *names in items.select("item_id", *(f"category_level{n}_name" for n in (1, 2, 3))).iter_rows()
+        for leaf in [normalise(name) for name in names if name != UNKNOWN][-1:]
+    ]
+    found = associated(groups, MIN_PAIR_CLICKS)
+    return {leaf: found[leaf][:MAX_WORDS] for leaf in sorted(found) if found[leaf]}
+
+
+def associated(groups: Iterable[tuple[str, Iterable[str], int]], least: int) -> dict[str, tuple[str, ...]]:
+    """Phrases that go with a key, strongest first: those seen with it at least `least` times and more than by chance.
+
+    groups: key, its phrases and how often. With n events of N for the pair, n_k for the key and n_p for the phrase, the
+    pointwise mutual information is ln(n N / (n_k n_p)), and its strength n times that: what the pair adds to
+    the mutual information, so that rare pairs do not win by chance (spec §4.6.6 (b)).
+    """
+    of_key: Counter[str] = Counter()
+    of_phrase: Counter[str] = Counter()
+    of_pair: dict[str, Counter[str]] = defaultdict(Counter)
+    for key, phrases, times in groups:
+        of_key[key] += times
+        for phrase in phrases:
+            of_phrase[phrase] += times
+            of_pair[key][phrase] += times
+    total = of_key.total()
+    found: dict[str, tuple[str, ...]] = {}
+    for key, pairs in of_pair.items():
+        strength = {
+            p: n * math.log(n * total / (of_key[key] * of_phrase[p])) for p, n in pairs.items() if n >= least
+        }
+        kept = [phrase for phrase, value in strength.items() if value > 0]
+        found[key] = tuple(sorted(kept, key=lambda phrase: (-strength[phrase], phrase)))
+    return found

@@ -181,7 +181,7 @@ def rules_of(bundle: Path | None, tables: Tables, views: Sequence[PageView], min
     """The rules of a bundle, else rules mined from the catalog and the training page views."""
     if bundle is not None:
         return load_keywords(bundle / "keywords.json")
-    return mine_keywords(tables.items, [view for view in views if view.split == "train"], min_items)
+    return mine_keywords(tables.items, views, min_items)
 
 
 async def _make(pipeline: Pipeline, views: Sequence[PageView], client: LlmClient | None) -> dict[int, Keywords]:
@@ -216,7 +216,7 @@ def make_keywords(
     if config is None or client is None:
         rules, usage = rules_of(bundle, tables, views, made_up.min_keyword_items), Usage()
         provider: Teacher = RuleTeacher(rules)
-        who = question("rules", dict(rules.types), dict(rules.seeds))
+        who = question("rules", rules.to_json())
     else:
         provider, usage, who = LlmProvider(client, language), client.usage, llm_identity(config.model, language)
     with Answers(out.with_name(f"{out.name}.answers")) as answers:
