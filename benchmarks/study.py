@@ -17,7 +17,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from hashlib import sha256
@@ -246,11 +246,20 @@ def run(row: Row, seed: int, world: World, work: Path) -> dict[str, Any]:
 
 def fingerprint(row: Row) -> str:
     """What a run depends on besides the code and its seed."""
-    recipe = asdict(replace(recipe_of(row, 0), name=""))
-    plain = json.dumps(
-        [recipe, row.served, ITEMS, USERS, SESSIONS, WORLD_SEED, TOP, WIDTH], sort_keys=True, default=str
-    )
+    recipe = _said(replace(recipe_of(row, 0), name=""))
+    plain = json.dumps([recipe, row.served, ITEMS, USERS, SESSIONS, WORLD_SEED, TOP, WIDTH], sort_keys=True)
     return sha256(plain.encode()).hexdigest()[:12]
+
+
+def _said(value: Any) -> Any:
+    """A recipe as plain values without what it leaves at its default: a key that is new makes no run another."""
+    if isinstance(value, (tuple, list)):
+        return [_said(item) for item in value]
+    if not is_dataclass(value):
+        return value
+    said = {f.name: getattr(value, f.name) for f in fields(value) if f.name != "kind"}
+    defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(value)}
+    return {type(value).__name__: {name: _said(v) for name, v in said.items() if v != defaults[name]}}
 
 
 def known_runs(folder: Path, chosen: Mapping[str, Row]) -> dict[tuple[str, int], dict[str, Any]]:
