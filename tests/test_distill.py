@@ -135,6 +135,26 @@ def test_r_drop_is_zero_without_dropout_and_one_forward_of_both_passes_is_two() 
     assert both["ce"] != single["ce"]
 
 
+def test_class_balance_weighs_the_codes_of_every_level_by_how_rare_they_are() -> None:
+    """Two targets begin with code 0, one with code 1: β = ½ weighs them ⅔ and 1, over a mean of 7/9."""
+    prompt, sids = tiny_prompt(RENDERER, "red shoes", 0), [(0, 0, 0, 0, 0), (0, 1, 0, 1, 0), (1, 0, 1, 1, 0)]
+    rows = [Sample(prompt, RENDERER.target(np.asarray(sid, dtype=np.uint16)), 1.0) for sid in sids]
+    data = {"search": rows, "sid_to_query": [Sample(prompt, RENDERER.target("red"), 1.0)]}  # text has no codes
+    stage = replace(STAGE, class_balance=0.5, focal_alpha=2.0, gamma=1.0)
+    made = SdftObjective(tiny_model(RENDERER), RENDERER, data, stage).eval()
+    of = collate("search", rows, RENDERER.pad)
+    common, rare = 2 * 6 / 7, 2 * 9 / 7
+    weights = [
+        [common, common, common, rare, 2.0],
+        [common, rare, common, common, 2.0],
+        [rare, common, rare, common, 2.0],
+    ]
+    alpha, codes = torch.tensor(weights), made.codes(of.target)
+    assert torch.allclose(torch.as_tensor(made.alpha(codes)), alpha)
+    expected = of.mean(sid_nll(made.model.sid_logits(*of.prompt, of.target), codes, 1.0, alpha))
+    assert made.batch_gradients(of)["ce"] == pytest.approx(expected.item(), rel=1e-6)
+
+
 def test_the_loss_is_the_sum_of_its_terms() -> None:
     settings = {"alpha_kl": 0.3, "alpha_r": 0.7, "teacher_ce": 0.2, "mode": "joint"}
     parts, _ = gradient(objective(**settings).train(), batch())

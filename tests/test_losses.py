@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from training.losses import hidden_l1, sid_kl, sid_nll, symmetric_kl, text_nll
+from training.losses import class_weights, hidden_l1, sid_kl, sid_nll, symmetric_kl, text_nll
 
 
 def logits_of(*probabilities: float) -> torch.Tensor:
@@ -30,15 +30,32 @@ def test_focal_loss_without_focus_is_cross_entropy_and_by_hand_otherwise() -> No
 
 
 @pytest.mark.parametrize("gamma", [0.0, 1.0, 3.0])
-def test_the_gradient_of_the_focal_loss_is_that_of_finite_differences(gamma: float) -> None:
+@pytest.mark.parametrize("alpha", [1.0, torch.tensor([[0.5], [1.5]])])
+def test_the_gradient_of_the_focal_loss_is_that_of_finite_differences(
+    gamma: float, alpha: float | torch.Tensor
+) -> None:
     level, codes = torch.randn(2, 4, requires_grad=True), torch.tensor([[1], [3]])
-    (gradient,) = torch.autograd.grad(sid_nll([level], codes, gamma).sum(), level)
+    (gradient,) = torch.autograd.grad(sid_nll([level], codes, gamma, alpha).sum(), level)
     for i in range(2):
         for j in range(4):
             step = torch.zeros(2, 4)
             step[i, j] = 1e-2
-            slope = (sid_nll([level + step], codes, gamma) - sid_nll([level - step], codes, gamma)).sum() / 2e-2
-            assert gradient[i, j].item() == pytest.approx(slope.item(), abs=2e-4)
+            up, down = (sid_nll([moved], codes, gamma, alpha).sum() for moved in (level + step, level - step))
+            assert gradient[i, j].item() == pytest.approx((up - down).item() / 2e-2, abs=2e-4)
+
+
+def test_class_weights_by_hand() -> None:
+    """β = ½ gives 1, ⅔ and nothing for 1, 2 and 0 samples, whose mean is (1 + 2 · ⅔) / 3 = 7/9."""
+    assert class_weights(torch.tensor([1, 2, 0]), 0.5).tolist() == pytest.approx([9 / 7, 6 / 7, 0])
+    assert class_weights(torch.tensor([1, 2, 0]), 0.0).tolist() == [1, 1, 0]
+    inverse = class_weights(torch.tensor([1, 2, 5]), 1 - 1e-9).tolist()
+    assert inverse == pytest.approx([8 / 3, 4 / 3, 8 / 15], rel=1e-6)
+
+
+def test_each_code_has_the_weight_of_its_class() -> None:
+    levels, codes = [logits_of(0.25, 0.75), logits_of(0.5, 0.5)], torch.tensor([[0, 1]])
+    weighted = sid_nll(levels, codes, gamma=1, alpha=torch.tensor([[3.0, 0.5]]))
+    assert weighted.item() == pytest.approx(-3 * 0.75 * math.log(0.25) - 0.5 * 0.5 * math.log(0.5), rel=1e-6)
 
 
 def test_text_loss_skips_padding() -> None:

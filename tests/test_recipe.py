@@ -38,6 +38,10 @@ def test_every_recipe_of_the_project_reads(path: Path) -> None:
             r"stages\.s\.tau: 0\.0, expected a positive number",
         ),
         (
+            'name = "x"\n' + STAGE + 'kind = "sdft"\nclass_balance = 1.0\n',
+            r"stages\.s\.class_balance: 1\.0, expected a share in 0\.\.1, below 1",
+        ),
+        (
             'name = "x"\n' + STAGE + 'kind = "sdft"\nmode = "mutual"\n',
             "mode: 'mutual', expected one of 'off', 'self'",
         ),

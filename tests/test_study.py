@@ -1,5 +1,6 @@
 """The study: rows are complete recipes, what is done is skipped, and the report's figures equal their definition."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -77,6 +78,13 @@ def test_the_report_is_written_whole_and_names_what_was_not_run(tmp_path) -> Non
     text = (tmp_path / "s.md").read_text()
     assert "| COT | 1 | 2 |" in text and "effect" in text
     assert (tmp_path / "s.png").stat().st_size > 1000
+
+
+def test_every_committed_run_belongs_to_a_row_as_it_is_now() -> None:
+    """Otherwise the report would lose it without a word, say for a key that recipes gained."""
+    folder = Path(study.__file__).parent / "studies" / f"{study.STUDY}.runs"
+    runs = sorted(tuple(path.stem.rsplit("-", 1)) for path in folder.glob("*.json"))
+    assert sorted((row, str(seed)) for row, seed in study.known_runs(folder, study.rows())) == runs != []
 
 
 def test_every_row_is_a_recipe_and_changed_rows_are_run_again(tmp_path) -> None:

@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -19,7 +20,7 @@ from torch.nn import functional as F
 from onesearch.model import OneSearchModel
 from onesearch.sequence import Renderer
 from training.batches import Batch, Inputs
-from training.losses import hidden_l1, sid_kl, sid_nll, symmetric_kl
+from training.losses import class_weights, hidden_l1, sid_kl, sid_nll, symmetric_kl
 from training.objective import evaluating, perturbed
 from training.recipe import Precision
 from training.samples import Sample
@@ -53,6 +54,7 @@ class SdftObjective(SftObjective):
     ) -> None:
         super().__init__(model, renderer, data, precision)
         self.stage = stage
+        self.code_weights = self._code_weights() if stage.class_balance else []
         if stage.mode == "ema":
             self.average = deepcopy(model).requires_grad_(False)
         if stage.mode == "codi" and stage.projection:
@@ -119,11 +121,12 @@ class SdftObjective(SftObjective):
         codes = self.codes(batch.target)
         teacher = runs.pop() if joint else teaching.levels if teaching else None
         counted = runs[:1] if stage.r_drop_single else runs
-        nll = [sid_nll(run, codes, stage.gamma, stage.focal_alpha) for run in counted]
+        alpha = self.alpha(codes)
+        nll = [sid_nll(run, codes, stage.gamma, alpha) for run in counted]
         terms = {"ce": batch.mean(torch.stack(nll).mean(dim=0))}
         loss = terms["ce"]
         if joint and regularised and stage.teacher_ce:
-            terms["teacher_ce"] = batch.mean(sid_nll(teacher, codes, stage.gamma, stage.focal_alpha))  # type: ignore[arg-type]
+            terms["teacher_ce"] = batch.mean(sid_nll(teacher, codes, stage.gamma, alpha))  # type: ignore[arg-type]
             loss = loss + stage.teacher_ce * terms["teacher_ce"]
         if teacher is not None and stage.alpha_kl:
             fixed = [level if joint and stage.symmetric else level.detach() for level in teacher]
@@ -140,6 +143,23 @@ class SdftObjective(SftObjective):
             terms["l1"] = self._l1(batch, teaching, hidden, len(prompts))
             loss = loss + stage.alpha_l1 * terms["l1"]
         return loss, {name: term.item() for name, term in terms.items()}
+
+    def alpha(self, codes: Tensor) -> float | Tensor:
+        """α of the focal loss: one factor, or with class balance one per code, float32 [B, L], of int64 [B, L]."""
+        if not self.code_weights:
+            return self.stage.focal_alpha
+        weights = [level[codes[:, t]] for t, level in enumerate(self.code_weights)]
+        return self.stage.focal_alpha * torch.stack(weights, dim=1)
+
+    def _code_weights(self) -> list[Tensor]:
+        """Per level the class weights float32 [sizes[t]] of its codes, counted over the SID targets of the stage."""
+        targets = [s.target for task, rows in self.data.items() if task not in TEXT_TASKS for s in rows]
+        sizes = self.renderer.sids.spec.sizes
+        if not targets:
+            return [torch.ones(size) for size in sizes]
+        codes = self.codes(torch.from_numpy(np.stack(targets)))
+        counts = [torch.bincount(codes[:, t], minlength=size) for t, size in enumerate(sizes)]
+        return [class_weights(count, self.stage.class_balance) for count in counts]
 
     def _l1(self, batch: Batch, teaching: _Teaching, hidden: Sequence[Tensor], prompts: int) -> Tensor:
         """Distance of hidden states, a mean over rows."""

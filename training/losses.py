@@ -2,7 +2,7 @@
 
 A SID is scored by the softmax over its level's codebook alone, as in serving.
 
-Legend: B rows, L SID levels, T target tokens, V vocabulary, sizes[t] codes of level t.
+Legend: B rows, L SID levels, T target tokens, V vocabulary, C classes, sizes[t] codes of level t.
 """
 
 from collections.abc import Sequence
@@ -12,17 +12,30 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def sid_nll(logits: Sequence[Tensor], codes: Tensor, gamma: float = 0.0, alpha: float = 1.0) -> Tensor:
+def sid_nll(logits: Sequence[Tensor], codes: Tensor, gamma: float = 0.0, alpha: float | Tensor = 1.0) -> Tensor:
     """Focal negative log-likelihood −α (1 − p)^γ log p summed over levels, float32 [B] (spec §4.5).
 
-    logits: L tensors [B, sizes[t]]. codes: int64 [B, L]. γ = 0 and α = 1 give the cross-entropy.
+    logits: L tensors [B, sizes[t]]. codes: int64 [B, L]. alpha: one factor, or float32 [B, L] with that of each code.
+    γ = 0 and α = 1 give the cross-entropy.
     """
     log_p = -torch.stack(
         [F.cross_entropy(level.float(), codes[:, t], reduction="none") for t, level in enumerate(logits)], dim=1
     )
     if gamma:
         log_p = (1 - log_p.exp()).clamp_min(0) ** gamma * log_p
-    return -alpha * log_p.sum(dim=1)
+    return -(alpha * log_p).sum(dim=1)
+
+
+def class_weights(counts: Tensor, beta: float) -> Tensor:
+    """Weights (1 − β) / (1 − β^n), scaled to a mean of 1 over all that was counted, float32 [C]; 0 for n = 0.
+
+    counts: int64 [C], how often each class was seen, n. The inverse of the effective number of samples (Cui et al.,
+    Class-Balanced Loss, CVPR 2019): β = 0 weighs all alike, β → 1 by inverse frequency. They scale to a mean of 1 over
+    the classes; over the samples the loss keeps its size beside the other terms, however skewed the classes are.
+    """
+    n = counts.double()
+    weights = torch.where(n > 0, (1 - beta) / (1 - beta**n), 0.0)
+    return (weights * n.sum() / (weights * n).sum()).float()
 
 
 def text_nll(logits: Tensor, target: Tensor, pad: int) -> Tensor:

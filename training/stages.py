@@ -97,7 +97,9 @@ class SdftStage(SftStage):
     teacher's and student's hidden states of all decoder layers where the first code is predicted, weighted
     alpha_l1; `projection` maps the student's states first.
     alpha_r: R-Drop; r_drop_single: cross-entropy and KL on the first pass only. gamma, focal_alpha: focal loss
-    (focal_alpha = 2 is the paper's scale). epsilon: size of the FGM step on the embedding matrix.
+    (focal_alpha = 2 is the paper's scale). class_balance: β of the effective number of samples, by which rare codes
+    of a level weigh more in it (`losses.class_weights`); 0 weighs all alike. epsilon: size of the FGM step on the
+    embedding matrix.
     teacher_dropout: keep dropout in the teacher's pass.
     """
 
@@ -114,6 +116,7 @@ class SdftStage(SftStage):
     r_drop_single: bool = False
     gamma: float = 0.0
     focal_alpha: float = 1.0
+    class_balance: float = 0.0
     epsilon: float = 0.0
     kw_mix: float = 0.5
     kind: str = "sdft"
@@ -124,7 +127,8 @@ class SdftStage(SftStage):
             self._require(name, getattr(self, name) >= 0, "0 or more")
         for name in ("tau", "focal_alpha"):
             self._require(name, getattr(self, name) > 0, "a positive number")
-        self._require("ema_decay", 0 <= self.ema_decay < 1, "a share in 0..1, below 1")
+        for name in ("ema_decay", "class_balance"):
+            self._require(name, 0 <= getattr(self, name) < 1, "a share in 0..1, below 1")
 
 
 @dataclass(frozen=True)
