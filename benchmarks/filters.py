@@ -11,11 +11,12 @@ against the same search over a trie of nothing but the eligible SIDs, and its pa
 - *decode*: the beam search of five levels, 512 beams, with logits that cost nothing, with and without the mask.
 
 `cached_share` is the cached filter's part of a search whose model costs nothing, so the most it can ever be. Times
-are medians in milliseconds, with [lowest, highest].
+are medians in milliseconds, with [lowest, highest]. The first row is the word index: the time to make it, and its size.
 """
 
 import argparse
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -29,6 +30,7 @@ from onesearch.decode import BeamConfig, BeamResult, beam_search
 from onesearch.eligibility import RecentlyUsed
 from onesearch.live import Change, LiveCatalog, Snapshot
 from onesearch.versions import Version
+from onesearch.word_index import WordIndex
 from trie import AnyMask, AnyTrie, SidTrie
 
 NOW, DAY = 1_800_000_000, 86_400
@@ -41,11 +43,19 @@ FILTERS = {
     "stock": Filters(in_stock=True),
     "fresh": Filters(published_after=NOW - 30 * DAY),
     "all of them": Filters("category 7", None, 20.0, 60.0, True, (), NOW - 300 * DAY),
+    "two words": Filters(words=("w40", "w500"), least_words=2),
+    "two of three words": Filters(words=("w3", "w40", "w500"), least_words=2),
     "one item in 10,000": Filters("category 7", "brand 11", 20.0, 60.0, True),
 }
 
 
-def columns(items: int, seed: int = 0) -> Columns:
+def titles(items: int, seed: int = 0) -> list[str]:
+    """Six words for each item, a Zipf-like choice of 50,000."""
+    ranks = (np.random.default_rng([seed, 1]).random((items, 6)) ** 4 * 50_000).astype(np.int64)
+    return [" ".join(f"w{rank}" for rank in row) for row in ranks.tolist()]
+
+
+def columns(items: int, words: WordIndex, seed: int = 0) -> Columns:
     """Items with skewed SIDs, a Zipf-like choice of 30 categories and 2,000 brands, prices, stock and dates."""
     rng = np.random.default_rng(seed)
     sids = catalog(items, seed)
@@ -62,7 +72,7 @@ def columns(items: int, seed: int = 0) -> Columns:
         "popularity": np.zeros(items, dtype=np.float32),
     }
     names = [f"category {i}" for i in range(30)], [f"brand {i}" for i in range(2000)]
-    return Columns(arrays, np.frombuffer(BODY * items, dtype=np.uint8), *names)
+    return Columns(arrays, np.frombuffer(BODY * items, dtype=np.uint8), *names, words)
 
 
 def passing(columns: Columns, filters: Filters) -> npt.NDArray[np.bool_]:
@@ -78,6 +88,9 @@ def passing(columns: Columns, filters: Filters) -> npt.NDArray[np.bool_]:
         keep &= arrays["in_stock"] == filters.in_stock
     if filters.published_after is not None:
         keep &= arrays["published_at"] >= filters.published_after
+    if filters.words:
+        held = (len(set(text.split()).intersection(filters.words)) for text in titles(len(keep)))
+        keep &= np.fromiter(held, dtype=np.int64) >= filters.least_words
     return keep
 
 
@@ -152,9 +165,15 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=1_000_000, help="catalog size (default 1000000)")
     parser.add_argument("--json", action="store_true", help="one JSON object per line and nothing else")
     arguments = parser.parse_args()
-    items = Catalog.of(columns(arguments.items))
+    texts = titles(arguments.items)
+    start = time.perf_counter()
+    words = WordIndex.of(texts)
+    made = {"words": len(words.words), "made_s": round(time.perf_counter() - start, 2)}
+    megabytes = round(sum(array.nbytes for array in words.arrays.values()) / 1e6, 1)
+    report({"items": arguments.items, **made, "mb": megabytes, "hardware": hardware()}, arguments.json)
+    items = Catalog.of(columns(arguments.items, words))
     trie = SidTrie.build(items.sids, SIZES)
-    nothing = Catalog.of(columns(0))
+    nothing = Catalog.of(columns(0, WordIndex.of([])))
     plain = Version(0, items, trie)
     forgetful = Version(0, items, trie, RecentlyUsed(0))
     none = np.zeros(0, dtype=np.int64)

@@ -26,7 +26,7 @@ from onesearch.sequence import TEMPLATE_VERSION, Fields, Renderer, sequence_conf
 from onesearch.sid import RQ_LEVELS, SidSpec
 from trie import SidTrie
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST, GRAPHS, STAMP, HELD_OUT = "manifest.json", "graphs", "stamp.json", "held_out.jsonl"
 DEFAULTS = "defaults.json"  # items for users without history, by query; only in bundles whose recipe asks for it
 _MUST = ("sid_spec.json", "tokenizer.json", "sequence.json", "codebooks.npz", "embedder")

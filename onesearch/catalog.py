@@ -11,6 +11,8 @@ Legend: N items, L levels, M distinct SIDs (in sorted order, the leaves of the t
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,6 +23,8 @@ import orjson
 from onesearch.errors import BundleError
 from onesearch.sid import Codes
 from onesearch.text import normalise
+from onesearch.word_index import ARRAYS as _WORD_ARRAYS
+from onesearch.word_index import WordIndex
 
 _ARRAYS = (
     "item_ids",
@@ -84,7 +88,8 @@ class Item:
 class Filters:
     """What a request demands of every item. Names compare after normalisation; bounds are inclusive.
 
-    published_after is in Unix seconds; an item without a time or a price satisfies no bound on it.
+    published_after is in Unix seconds; an item without a time or a price satisfies no bound on it. At least
+    `least_words` of the distinct `words` have to be in the item's text.
     """
 
     category: str | None = None
@@ -94,21 +99,34 @@ class Filters:
     in_stock: bool | None = None
     exclude_items: tuple[int, ...] = ()
     published_after: int | None = None
+    words: tuple[str, ...] = ()
+    least_words: int = 0
 
 
 @dataclass(frozen=True)
 class Columns:
-    """What a catalog is made of, in row order: arrays by name, all bodies joined, the names that codes stand for."""
+    """What a catalog is made of, in row order: arrays by name, all bodies joined, the names that codes stand for.
+
+    words: the words of the items' texts, None until they are written.
+    """
 
     arrays: dict[str, npt.NDArray[Any]]
     bodies: npt.NDArray[np.uint8]
     categories: list[str]
     brands: list[str]
+    words: WordIndex | None = None
+
+    def index_words(self) -> WordIndex:
+        """The words of the items' texts; linear in all texts."""
+        offsets = self.arrays["offsets"].tolist()
+        bodies = (bytes(self.bodies[start:stop]) for start, stop in pairwise(offsets))
+        return WordIndex.of(Item.from_json(body, 0).text() for body in bodies)
 
     def save(self, folder: Path) -> None:
         """Write into an existing folder what `Catalog` reads."""
-        for name in _ARRAYS:
-            np.save(folder / f"{name}.npy", self.arrays[name], allow_pickle=False)
+        arrays = {name: self.arrays[name] for name in _ARRAYS} | self.index_words().arrays
+        for name, array in arrays.items():
+            np.save(folder / f"{name}.npy", array, allow_pickle=False)
         self.bodies.tofile(folder / "items.bin")
         (folder / "names.json").write_bytes(orjson.dumps({"categories": self.categories, "brands": self.brands}))
 
@@ -219,6 +237,11 @@ class Catalog:
         """When an item was published, in Unix seconds; 0 if unknown."""
         return int(self.columns.arrays["published_at"][row])
 
+    @cached_property
+    def words(self) -> WordIndex:
+        """The words of the items' texts; made at the first use for items that are not on disk."""
+        return self.columns.words or self.columns.index_words()
+
     def eligible(self, filters: Filters) -> npt.NDArray[np.bool_]:
         """bool [N]: rows that satisfy every filter. An unknown category or brand satisfies nothing."""
         columns = self.columns.arrays
@@ -237,6 +260,8 @@ class Catalog:
             keep &= columns["in_stock"] == filters.in_stock
         if filters.published_after is not None:
             keep &= columns["published_at"] >= max(filters.published_after, 1)
+        if filters.words:
+            keep &= self.words.counts(filters.words, self.num_items) >= filters.least_words
         keep[self.rows_of(filters.exclude_items)] = False
         return keep
 
@@ -278,7 +303,7 @@ def _equals_any(columns: Sequence[npt.NDArray[Any]], codes: Sequence[int]) -> np
 def _read_columns(folder: Path) -> Columns:
     arrays: dict[str, npt.NDArray[Any]] = {}
     faults: list[str] = []
-    for name in (*_ARRAYS, "items.bin", "names.json"):
+    for name in (*_ARRAYS, *_WORD_ARRAYS, "items.bin", "names.json"):
         path = folder / (name if "." in name else f"{name}.npy")
         try:
             if path.suffix == ".npy":
@@ -291,7 +316,8 @@ def _read_columns(folder: Path) -> Columns:
         raise BundleError(f"catalog {folder}", faults)
     names = orjson.loads((folder / "names.json").read_bytes())
     bodies = np.asarray(np.memmap(folder / "items.bin", dtype=np.uint8, mode="r"))
-    columns = Columns(arrays, bodies, names["categories"], names["brands"])
+    index = WordIndex(**{name: arrays.pop(name) for name in _WORD_ARRAYS})
+    columns = Columns(arrays, bodies, names["categories"], names["brands"], index)
     if faults := _column_faults(columns):
         raise BundleError(f"catalog {folder}", faults)
     return columns
@@ -308,4 +334,6 @@ def _column_faults(columns: Columns) -> list[str]:
         faults.append("item_ids.npy: holds no items")
     elif int(offsets[-1]) != len(columns.bodies) or (offsets[1:] < offsets[:-1]).any():
         faults.append(f"offsets.npy: does not divide items.bin of {len(columns.bodies)} bytes")
+    if columns.words:
+        faults += columns.words.faults(n)
     return faults

@@ -162,6 +162,20 @@ class Snapshot:
         base = chosen.base.without(self.base.catalog.rows_of(filters.exclude_items))
         return Selection(self.trie, base, chosen.added.without(self.added.rows_of(filters.exclude_items)))
 
+    def select_words(self, wanted: Sequence[str], filters: Filters | None = None) -> Selection | None:
+        """Of the items that satisfy every filter those that hold the most of some distinct words; None when none holds
+        any of them.
+
+        The words are looked up in what the embedder reads of an item.
+        """
+        parts = (self.base.catalog.words, self.added.words)
+        known = tuple(sorted(word for word in wanted if any(len(part.rows(word)) for part in parts)))
+        for least in range(len(known), 0, -1):
+            chosen = self.select(replace(filters or Filters(), words=known, least_words=least))
+            if chosen.count:
+                return chosen
+        return None
+
     def expand(
         self, leaves: Rows, limit: int, selection: Selection | None = None, popularity: Popularity | None = None
     ) -> tuple[Rows, Rows]:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from onesearch.bundle import Bundle, GoldenExample
-from onesearch.catalog import Filters
+from onesearch.catalog import Filters, Rows
 from onesearch.context import SearchContext, SidLookup
 from onesearch.decode import BeamConfig, BeamResult, Score, StepFn, beam_search
 from onesearch.errors import DeadlineError
@@ -23,6 +23,7 @@ from onesearch.live import LiveCatalog, Popularity, Selection, Snapshot
 from onesearch.runtime import Decoder
 from onesearch.sequence import Prompt
 from onesearch.sid import Codes
+from onesearch.text import content_words
 
 GOLDEN_TOP = 50
 GOLDEN_TOLERANCE = {"fp32": 1e-3, "fp16": 0.5, "int8": 0.5}
@@ -32,7 +33,8 @@ GOLDEN_TOLERANCE = {"fp32": 1e-3, "fp16": 0.5, "int8": 0.5}
 class SearchOptions:
     """limit items of the answer; width beams; keywords: whether to match keywords into the prompt.
 
-    facets: whether to count the candidates. deadline: the `time.monotonic()` after which nobody waits for the answer
+    match: whether the items that hold the most of the query's words come before all others. facets: whether to count
+    the candidates. deadline: the `time.monotonic()` after which nobody waits for the answer
     any more; it is no part of equality.
     """
 
@@ -40,6 +42,7 @@ class SearchOptions:
     width: int = 512
     score: Score = "level"
     keywords: bool = False
+    match: bool = False
     filters: Filters | None = None
     facets: bool = False
     deadline: float = field(default=math.inf, compare=False, repr=False)
@@ -48,6 +51,7 @@ class SearchOptions:
 @dataclass(frozen=True)
 class SearchResult:
     """rows: int64 [n] rows of `catalog`, best first. scores: float32 [n], the log-probability of each row's SID.
+    matched: how many of the first rows were put before the others because they hold the query's words.
 
     beams: beams kept per level. timings_ms: wall time per stage. eligible: items that pass the filters.
     degraded: what the search had to do without. model_version: the model that answered, None for the bundle's own.
@@ -65,6 +69,7 @@ class SearchResult:
     degraded: tuple[str, ...] = ()
     model_version: str | None = None
     facets: Facets | None = None
+    matched: int = 0
 
 
 @dataclass
@@ -129,30 +134,47 @@ class Searcher:
             prompt, query_sid = self.render(context, catalog)
         with clock.stage("mask"):
             selection = catalog.select(options.filters)
+            matching = (
+                catalog.select_words(content_words(context.query), options.filters) if options.match else None
+            )
         width = max(options.width, options.limit)
         wanted = width if options.facets else options.limit
         config = BeamConfig(width, wanted, options.score).in_quarters()
-        found = self.decode(prompt, config, selection, clock)
-        with clock.stage("expand"):
-            rows, sources = catalog.expand(found.leaves, wanted, selection, self.popularity)
+        rows, scores, beams = self._best(prompt, config, catalog, matching or selection, clock)
+        matched = len(rows) if matching else 0
+        if matching and matched < min(wanted, selection.count):
+            others, their_scores, beams = self._best(prompt, config, catalog, selection, clock)
+            late = ~np.isin(others, rows)
+            rows = np.concatenate([rows, others[late]])[:wanted]
+            scores = np.concatenate([scores, their_scores[late]])[:wanted]
         facets = None
         if options.facets:
             with clock.stage("facets"):
                 facets = count_facets(catalog, rows)
-            rows, sources = rows[: options.limit], sources[: options.limit]
+            rows, scores = rows[: options.limit], scores[: options.limit]
         return SearchResult(
             catalog=catalog,
             rows=rows,
-            scores=found.scores[sources],
+            scores=scores,
             query_sid=query_sid,
             keywords=context.keywords,
-            beams=found.beams,
+            beams=beams,
             timings_ms=clock.timings,
             eligible=selection.count,
             degraded=tuple(clock.degraded),
             model_version=clock.model_version,
             facets=facets,
+            matched=min(matched, len(rows)),
         )
+
+    def _best(
+        self, prompt: Prompt, config: BeamConfig, catalog: Snapshot, selection: Selection, clock: Clock
+    ) -> tuple[Rows, npt.NDArray[np.float32], tuple[int, ...]]:
+        """The best `top_n` selected rows, int64 [n], their scores, float32 [n], and the beams kept per level."""
+        found = self.decode(prompt, config, selection, clock)
+        with clock.stage("expand"):
+            rows, sources = catalog.expand(found.leaves, config.top_n, selection, self.popularity)
+        return rows, found.scores[sources], found.beams
 
     def render(self, context: SearchContext, items: SidLookup | None = None) -> tuple[Prompt, Codes]:
         """The model input of a context and the query's SID uint16 [L]; items: where its history is looked up, by

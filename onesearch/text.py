@@ -9,6 +9,8 @@ _BLANKS = dict.fromkeys([*range(32), 127, *b"<>"], " ")
 # A word is a run of letters and digits, or one character of a script written without spaces.
 WORD = re.compile(r"[぀-ヿ㐀-䶿一-鿿가-힯]|[^\W_぀-ヿ㐀-䶿一-鿿가-힯]+")
 
+STOP_WORDS = frozenset(("a", "an", "and", "by", "for", "from", "in", "of", "on", "or", "the", "to", "with"))
+
 
 def normalise(text: str) -> str:
     """NFKC, casefold, `<`/`>` and control characters to spaces, white space collapsed.
@@ -25,3 +27,9 @@ def normalise(text: str) -> str:
 def words(text: str) -> list[str]:
     """Words of normalised text: no stemming, no stop words."""
     return WORD.findall(normalise(text))
+
+
+def content_words(text: str) -> tuple[str, ...]:
+    """The distinct words of a text in order, without English stop words unless there are no others."""
+    found = dict.fromkeys(words(text))
+    return tuple(word for word in found if word not in STOP_WORDS) or tuple(found)

@@ -50,7 +50,7 @@ class Variant:
     def search_options(self, limit: int, **more: Any) -> SearchOptions:
         """The search options of a request that this variant answers; more: those that the variant does not say."""
         own = self.options
-        return SearchOptions(limit=limit, width=own.width, score=own.score, **more)
+        return SearchOptions(limit=limit, width=own.width, score=own.score, match=own.match, **more)
 
 
 @dataclass(frozen=True)

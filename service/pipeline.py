@@ -3,7 +3,7 @@
 import hashlib
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from service.events import Exposure
 from service.memory import Memory
 from service.problems import HeaderError, NotFound
 from service.result_cache import Found, Outcome, ResultCache, Twins, result_key
-from service.schemas import EventRequest, ProfileRequest, SearchRequest
+from service.schemas import EventRequest, ProfileRequest, SearchFilters, SearchRequest
 from service.settings import Settings
 from service.telemetry import Metrics
 
@@ -265,6 +265,7 @@ def _found(result: SearchResult, model_version: str) -> Found:
         keywords=result.keywords,
         beams=result.beams,
         eligible=result.eligible,
+        matched=result.matched,
         facets=orjson.dumps(result.facets) if result.facets else b"",
         degraded=result.degraded,
         model_version=result.model_version or model_version,
@@ -273,12 +274,16 @@ def _found(result: SearchResult, model_version: str) -> Found:
 
 
 def _explain(context: SearchContext, options: SearchOptions, found: Found) -> dict[str, Any]:
+    filters = None
+    if options.filters is not None:  # those that a request can name
+        filters = {name: getattr(options.filters, name) for name in SearchFilters.model_fields}
     return {
         "query_sid": found.query_sid,
         "beams": found.beams,
         "eligible": found.eligible,
-        "options": {"width": options.width, "score": options.score, "keywords": options.keywords},
-        "filters": None if options.filters is None else asdict(options.filters),
+        "matched": found.matched,
+        "options": {name: getattr(options, name) for name in ("width", "score", "keywords", "match")},
+        "filters": filters,
         "history": {
             "queries": len(context.recent_queries),
             "clicks": len(context.recent_items),

@@ -40,6 +40,7 @@ class Found:
     keywords: tuple[str, ...]
     beams: tuple[int, ...]
     eligible: int
+    matched: int
     facets: bytes
     degraded: tuple[str, ...]
     model_version: str

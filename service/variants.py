@@ -23,12 +23,16 @@ _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
 
 class VariantOptions(BaseModel):
-    """How one variant searches. bundle: folder name of its bundle; it may be left out when only one is served."""
+    """How one variant searches. bundle: folder name of its bundle; it may be left out when only one is served.
+
+    The others are those of `SearchOptions`.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     bundle: str | None = None
     keywords: bool = False
+    match: bool = False
     width: int = Field(default=512, ge=1, le=4096)
     score: Score = "level"
     weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)

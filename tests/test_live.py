@@ -17,6 +17,7 @@ from onesearch.catalog import Catalog, Filters, Item, write_catalog
 from onesearch.decode import BeamConfig, beam_search
 from onesearch.errors import BundleError
 from onesearch.live import Change, LiveCatalog
+from onesearch.text import words
 from onesearch.versions import list_versions, open_version, remove_versions
 from trie import SidTrie
 
@@ -90,6 +91,7 @@ def passes(item: Item, f: Filters) -> bool:
         and (f.brand is None or item.brand.casefold() == f.brand)
         and (f.price_max is None or (item.price is not None and item.price <= f.price_max))
         and (f.in_stock is None or item.in_stock == f.in_stock)
+        and (not f.words or len(set(words(item.text())) & set(f.words)) >= f.least_words)
     )
 
 
@@ -120,6 +122,8 @@ def filters(draw):
         price_max=draw(st.none() | st.integers(1, 50).map(float)),
         in_stock=draw(st.none() | st.booleans()),
         exclude_items=tuple(draw(st.lists(IDS, max_size=20))),
+        words=tuple(draw(st.lists(st.sampled_from(["red", "mug", "item", "acme", "7"]), unique=True))),
+        least_words=draw(st.integers(0, 3)),
     )
 
 

@@ -108,10 +108,14 @@ def _reload(shop: Shop) -> None:
     shop.deployment.adopt(WeightedSplit({"control": VariantOptions(bundle="tiny", width=32)}))
 
 
+def _match(shop: Shop) -> None:
+    shop.deployment.adopt(WeightedSplit({"control": VariantOptions(bundle="tiny", width=64, match=True)}))
+
+
 @pytest.mark.parametrize(
     "change",
-    [_change_catalog, _reload, lambda shop: shop.deployment.rates.update({FIRST_ID: (9, 3, 1)})],
-    ids=["catalog", "variant", "counters"],
+    [_change_catalog, _reload, _match, lambda shop: shop.deployment.rates.update({FIRST_ID: (9, 3, 1)})],
+    ids=["catalog", "variant", "match", "counters"],
 )
 def test_a_change_behind_an_answer_makes_it_a_miss(shop: Shop, change: Callable[[Shop], None]) -> None:
     shop.search()
@@ -181,7 +185,7 @@ async def test_every_answer_is_exposed_under_its_own_id(tmp_path: Path) -> None:
 
 def found(size: int) -> Found:
     ids = np.empty(0, dtype=np.int64)
-    return Found(b"x" * size, ids, np.zeros(5, np.uint16), (), (), 0, b"", (), "m", "c")
+    return Found(b"x" * size, ids, np.zeros(5, np.uint16), (), (), 0, 0, b"", (), "m", "c")
 
 
 def test_what_was_used_longest_ago_goes_first() -> None:

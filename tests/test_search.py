@@ -128,6 +128,32 @@ def test_limits_beyond_the_catalog_return_every_item_once(searcher: Searcher, sc
     assert all(a >= b for a, b in pairwise(result.scores.tolist()))
 
 
+@pytest.mark.parametrize("query", ["a red mug", "shoes", "red umbrella", "the umbrella", "nothing known"])
+@pytest.mark.parametrize("filters", [None, Filters(in_stock=True), Filters(category="mug", exclude_items=(20,))])
+def test_items_with_the_querys_words_come_first_and_the_best_others_follow(
+    bundle: Bundle, query: str, filters: Filters | None
+) -> None:
+    searcher = Searcher(bundle, TorchDecoder(open_model(bundle.path), bundle.renderer))
+    searcher.live.apply([Change(1, 31, Item(31, "teal umbrella", price=3.0)), Change(2, 3, None)])
+    context = SearchContext(query)
+    plain = searcher.search(context, SearchOptions(limit=200, filters=filters))
+    scored = dict(zip(plain.rows.tolist(), plain.scores.tolist(), strict=True))
+    said = set(query.split()) - {"a", "the"}
+    hits = {row: len(said.intersection(plain.catalog.item(row).text().split())) for row in scored}
+    first = [row for row, hit in hits.items() if hit == max(hits.values()) > 0]
+    expected = first + [row for row in scored if row not in first]
+    for limit in (1, 4, 200):
+        page = searcher.search(context, SearchOptions(limit=limit, filters=filters, match=True, facets=limit == 4))
+        assert page.matched == min(limit, len(first))
+        assert page.eligible == len(expected)
+        assert [scored[row] for row in page.rows.tolist()] == pytest.approx(
+            [scored[row] for row in expected[:limit]], abs=1e-5
+        )
+        assert set(page.rows[: page.matched].tolist()) <= set(first)
+        assert len(set(page.rows.tolist())) == len(page.rows) == min(limit, len(expected))
+        assert page.scores.tolist() == pytest.approx([scored[row] for row in page.rows.tolist()], abs=1e-5)
+
+
 def test_keywords_are_matched_only_when_asked(searcher: Searcher) -> None:
     context = SearchContext("red shoes by acme")
     assert searcher.search(context, SearchOptions(limit=1)).keywords == ()

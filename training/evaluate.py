@@ -114,6 +114,7 @@ def _main(
     width: Annotated[int, typer.Option(min=1, help="beams")] = 512,
     score: Annotated[Score, typer.Option(help="how beams are scored")] = "level",
     keywords: Annotated[bool, typer.Option("--keywords", help="match keywords into the prompt")] = False,
+    match: Annotated[bool, typer.Option("--match", help="items with the query's words first")] = False,
     judgements: Annotated[
         Path | None, typer.Option(help="JSONL of query, item_id, rating; instead of logs")
     ] = None,
@@ -122,7 +123,7 @@ def _main(
     out: Annotated[Path | None, typer.Option(help="write the report here as JSON")] = None,
 ) -> None:
     """Measure a bundle beside baselines on held-out logs, or on human ratings."""
-    options = SearchOptions(limit=max(width, DEPTH), width=width, score=score, keywords=keywords)
+    options = SearchOptions(limit=max(width, DEPTH), width=width, score=score, keywords=keywords, match=match)
     try:
         report = _evaluate(bundle, data, judgements, split, max_requests, options, seed)
     except OneSearchError as error:
@@ -171,7 +172,12 @@ def _evaluate(
         "catalog_version": bundle.manifest.catalog_version,
         "decoder": "torch" if bundle.graphs is None else "onnxruntime",
         "threads": threads,
-        "beam": {"width": options.width, "score": options.score, "keywords": options.keywords},
+        "beam": {
+            "width": options.width,
+            "score": options.score,
+            "keywords": options.keywords,
+            "match": options.match,
+        },
         "seed": seed,
         "hardware": hardware(),
         "items": len(live),

@@ -79,6 +79,7 @@ class VariantConfig:
     """A serving variant that the bundle proposes: decode settings and its share of traffic."""
 
     keywords: bool = False
+    match: bool = False
     width: int = 512
     score: Literal["level", "legal"] = "level"
     weight: float = 1.0
