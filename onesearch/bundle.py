@@ -30,7 +30,7 @@ SCHEMA_VERSION = 2
 MANIFEST, GRAPHS, STAMP, HELD_OUT = "manifest.json", "graphs", "stamp.json", "held_out.jsonl"
 DEFAULTS = "defaults.json"  # items for users without history, by query; only in bundles whose recipe asks for it
 _MUST = ("sid_spec.json", "tokenizer.json", "sequence.json", "codebooks.npz", "embedder")
-_CONTRACT = (*_MUST, DEFAULTS)
+CONTRACT = (*_MUST, DEFAULTS)  # what the contract digest covers: how text becomes ids and ids become items
 _PARTS = (*_MUST, "items", "trie.bin", "keywords.json", "model.json", "weights.safetensors", "examples.jsonl")
 
 
@@ -194,7 +194,7 @@ def open_renderer(folder: Path) -> Renderer:
 
 def contract_digest(folder: Path) -> str:
     """sha256 over everything that decides how text becomes ids and ids become items."""
-    names = [name for name in _files(folder) if name.split("/")[0] in _CONTRACT]
+    names = [name for name in _files(folder) if name.split("/")[0] in CONTRACT]
     parts = {name: sha256(folder / name) for name in names}
     try:
         renderer = open_renderer(folder)

@@ -6,6 +6,7 @@ OneSearchError
  ├── DataError        a table is wrong (lists every fault of the file, capped)
  ├── BundleError      a bundle is missing, damaged or foreign (lists every fault)
  ├── DecodeError      the model produced something that cannot be searched (NaN or infinite logits)
+ ├── DivergedError    training left the numbers: a loss that is not finite, rollouts that drifted
  ├── DeadlineError    a search was given up because its time had run out
  ├── ProviderError    a keyword provider or language model gave no usable answer
  └── ExportError      a graph cannot be exported or misses its parity gate
@@ -63,6 +64,12 @@ class DecodeError(OneSearchError):
     """The model returned logits that are not finite or have a wrong shape."""
 
     code = "decode"
+
+
+class DivergedError(OneSearchError):
+    """Training cannot go on: its loss is not finite, or rollouts are not of the policy that learns from them."""
+
+    code = "diverged"
 
 
 class DeadlineError(OneSearchError):

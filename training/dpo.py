@@ -50,7 +50,7 @@ def logged_preferences(sources: Sources, negatives: int) -> list[Preference]:
     """Preferences of the log over live items (PARS phase 2: levels 1–3 against 4–6)."""
     names = sources.items.select("item_id", "category_level1_name", "category_level2_name").iter_rows()
     categories = {item: f"{a}/{b}" for item, a, b in names if item in sources.item_sids}
-    return preferences(sources.views, categories, _same_sid(sources), negatives, sources.seed)
+    return preferences(sources.views, categories, _same_sid(sources), negatives, sources.seed, sources.learn)
 
 
 def choice(sources: Sources, stage: DpoStage, preference: Preference) -> Choice:

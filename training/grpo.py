@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from onesearch.errors import OneSearchError
+from onesearch.errors import DivergedError
 from onesearch.model import OneSearchModel
 from onesearch.sequence import Prompt
 from training.batches import Inputs, PlannedStep
@@ -50,7 +50,8 @@ def page_prompts(sources: Sources, most: int) -> list[PagePrompt]:
     """Page views with a click on a live item, at most `most`, drawn at random; prompts without keywords."""
     order = np.random.default_rng([sources.seed, 8]).permutation(len(sources.views))
     found: list[PagePrompt] = []
-    for view in (sources.views[i] for i in order):
+    wanted = order if sources.learn is None else (i for i in order if i in sources.learn)
+    for view in (sources.views[i] for i in wanted):
         items = [item for item in view.clicked if item in sources.item_sids]
         if items and len(found) < most:
             fields = sources.encoder.fields(view.context, sources.query_sids[view.context.query])
@@ -164,7 +165,7 @@ class GrpoObjective(Objective):
         old[:, sampled] = rollouts.logp.view(codes.shape)[:, sampled]
         drift = (logp.detach() - old).abs().max().item()
         if drift > _DRIFT[self._precision]:
-            raise OneSearchError(f"rollouts drifted: |log π − log π_old| is {drift:.3g} before the first update")
+            raise DivergedError(f"rollouts drifted: |log π − log π_old| is {drift:.3g} before the first update")
         advantages = torch.stack([c.advantages for c in credits])
         gate = torch.stack([c.gate for c in credits])
         loss = policy_loss(logp, old, advantages, gate).mean(dim=1)

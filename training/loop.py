@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from onesearch.arrays import write_atomically
+from onesearch.errors import DivergedError
 from training.batches import PlannedStep
 from training.objective import Objective
 from training.parallel import gather, rank, sum_values, wait
@@ -38,7 +39,8 @@ def run(
 ) -> dict[str, float]:
     """Train `objective` in place over all steps, save the model, and return the mean loss per task at the end.
 
-    checkpoint_every is in steps. The optimiser is AdamW, fresh for every stage.
+    checkpoint_every is in steps. The optimiser is AdamW, fresh for every stage. Raises DivergedError when the loss is
+    not finite.
     """
     torch.manual_seed(seed + 7919 * rank())
     folder.mkdir(parents=True, exist_ok=True)
@@ -76,6 +78,8 @@ def _step(
         group["weight_decay"] = stage.weight_decay
     optimiser.zero_grad(set_to_none=True)
     values = sum_values(objective.gradients(step))
+    if not math.isfinite(values["loss"]):
+        raise DivergedError(f"stage {stage.name}: the loss is {values['loss']} at step {step.place}")
     norm = nn.utils.clip_grad_norm_(trained, stage.clip)
     optimiser.step()
     objective.stepped()

@@ -14,7 +14,17 @@ import polars as pl
 from tokenizers import Tokenizer
 
 from onesearch.arrays import write_atomically
-from onesearch.bundle import DEFAULTS, HELD_OUT, SCHEMA_VERSION, HeldOut, Manifest, open_parts, seal
+from onesearch.bundle import (
+    CONTRACT,
+    DEFAULTS,
+    HELD_OUT,
+    SCHEMA_VERSION,
+    Bundle,
+    HeldOut,
+    Manifest,
+    open_parts,
+    seal,
+)
 from onesearch.catalog import Item, write_catalog
 from onesearch.context import SearchContext
 from onesearch.embedder import TextEmbedder
@@ -50,7 +60,6 @@ class Identifiers:
 def write_identifiers(folder: Path, parts: Identifiers) -> None:
     """Write the parts that training itself needs open: grammar, tokenizer, quantiser, embedder, items, trie."""
     folder.mkdir(parents=True)
-    (folder / "items").mkdir()
     write_atomically(folder / "sid_spec.json", json.dumps({"sizes": parts.codebooks.sizes}).encode())
     write_atomically(folder / "sequence.json", parts.sequence.to_json())
     parts.tokenizer.save(str(folder / "tokenizer.json"))
@@ -60,10 +69,54 @@ def write_identifiers(folder: Path, parts: Identifiers) -> None:
     if parts.defaults:
         defaults = orjson.dumps(dict(parts.defaults), option=orjson.OPT_SORT_KEYS)
         write_atomically(folder / DEFAULTS, defaults)
-    items = catalog_items(parts.items)
-    popularity = np.asarray([parts.popularity.get(item.item_id, 0.0) for item in items], dtype=np.float32)
-    write_catalog(folder / "items", items, parts.item_sids, popularity)
-    SidTrie.build(parts.item_sids, list(parts.codebooks.sizes)).save(folder / "trie.bin")
+    _write_items(folder, parts.items, parts.item_sids, parts.popularity, parts.codebooks.sizes)
+
+
+def update_identifiers(
+    folder: Path,
+    bundle: Bundle,
+    items: pl.DataFrame,
+    popularity: Mapping[int, float],
+    keywords: KeywordRules,
+) -> None:
+    """Write the identifiers of a bundle with other items and keyword rules into a new folder.
+
+    What the contract digest covers is copied as it is, so texts get the same ids and SIDs as before. An item whose text
+    is that of the bundle keeps its SID, which balancing may have moved away from the nearest code.
+    """
+    folder.mkdir(parents=True)
+    for part in (bundle.path / name for name in CONTRACT):
+        if part.is_dir():
+            shutil.copytree(part, folder / part.name)
+        elif part.exists():
+            shutil.copyfile(part, folder / part.name)
+    keywords.save(folder / "keywords.json")
+    _write_items(folder, items, _sids(bundle, catalog_items(items)), popularity, bundle.trie.sizes)
+
+
+def _sids(bundle: Bundle, items: Sequence[Item]) -> Codes:
+    """uint16 [N, L]"""
+    places = bundle.catalog.index(item.item_id for item in items)
+    same = [
+        at >= 0 and bundle.catalog.item(at).text() == item.text()
+        for item, at in zip(items, places.tolist(), strict=True)
+    ]
+    sids = bundle.catalog.sids[places]
+    fresh = [i for i, kept in enumerate(same) if not kept]
+    if fresh:
+        sids[fresh] = bundle.encoder.query_sids([items[i].text() for i in fresh])
+    return sids
+
+
+def _write_items(
+    folder: Path, rows: pl.DataFrame, sids: Codes, popularity: Mapping[int, float], sizes: Sequence[int]
+) -> None:
+    """Items and the trie of their SIDs."""
+    items = catalog_items(rows)
+    rates = np.asarray([popularity.get(item.item_id, 0.0) for item in items], dtype=np.float32)
+    (folder / "items").mkdir()
+    write_catalog(folder / "items", items, sids, rates)
+    SidTrie.build(sids, list(sizes)).save(folder / "trie.bin")
 
 
 def write_bundle(

@@ -6,7 +6,7 @@ Legend: n negatives.
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -77,11 +77,13 @@ def preferences(
     same: Callable[[int, int], bool],
     negatives: int,
     seed: int,
+    learn: Container[int] | None = None,
 ) -> list[Preference]:
     """Levels 1–3 of each page view against `negatives` draws of levels 4–6, in equal shares while they last.
 
     categories: item → category, for every item that may be drawn. same(a, b): the items share a SID. A negative is
-    never an item that the page view clicked, nor one that shares a positive's SID (spec §4.10).
+    never an item that the page view clicked, nor one that shares a positive's SID (spec §4.10). learn: positions of
+    the page views that get preferences, None for all; rates and earlier orders are of all.
     """
     counts = count(views)
     by_category: dict[str, list[int]] = defaultdict(list)
@@ -92,7 +94,8 @@ def preferences(
     bought: dict[int, list[int]] = defaultdict(list)
     found: list[Preference] = []
     for number, view in enumerate(views):
-        levels = _positives(view, categories, bought[view.user_id])
+        wanted = learn is None or number in learn
+        levels = _positives(view, categories, bought[view.user_id]) if wanted else {}
         for item, level in levels.items():
             pools = (
                 (4, [i for i in view.impressed if i in categories]),

@@ -44,6 +44,7 @@ from training.tables import Tables, load_tables
 from training.tokenizer import train_tokenizer
 from training.train import train
 
+UNTIL = "until"  # among the metrics of a bundle: the time of the last page view that it has learned from
 _HELD_OUT_SEARCHES = 500
 _FOREIGN_QUERY = "蓝色 башмаки ζ 42"  # a golden example in scripts the shop never saw
 _console = Console(stderr=True)
@@ -74,7 +75,7 @@ def train_bundle(recipe: Recipe, data: Path, out: Path, work: Work) -> Manifest:
     if recipe.data.cold_default:
         training = with_defaults(training)
     plain = recipe_json(recipe)
-    inputs = {"tables": _fingerprint(data), **{k: plain[k] for k in _IDENTIFIER_KEYS}}
+    inputs = {"tables": fingerprint(data), **{k: plain[k] for k in _IDENTIFIER_KEYS}}
     identifiers = work.folder("identifiers", inputs)
     if identifiers.exists():
         _console.print(f"identifiers: done before, in {identifiers.name}")
@@ -92,7 +93,8 @@ def train_bundle(recipe: Recipe, data: Path, out: Path, work: Work) -> Manifest:
     report = orjson.loads((identifiers / "sid_report.json").read_bytes())
     held_out = [view for view in views if view.split != "train"] or training
     golden, searches = _golden_contexts(recipe, bundle, held_out), _held_out_searches(held_out)
-    manifest = write_bundle(identifiers, model, golden, searches, out, plain, {"sid": report, "loss": losses})
+    metrics = {"sid": report, "loss": losses, UNTIL: max((view.time for view in training), default=0)}
+    manifest = write_bundle(identifiers, model, golden, searches, out, plain, metrics)
     wait()
     return manifest
 
@@ -219,7 +221,8 @@ def _categories(tables: Tables) -> list[str]:
     return [f"{a}/{b}" for a, b in tables.items.select("category_level1_name", "category_level2_name").iter_rows()]
 
 
-def _fingerprint(data: Path) -> dict[str, str]:
+def fingerprint(data: Path) -> dict[str, str]:
+    """sha256 of every file of a folder by name."""
     return {path.name: sha256(path) for path in sorted(data.iterdir()) if path.is_file()}
 
 

@@ -119,15 +119,20 @@ class Recipe:
 
 def load_recipe(path: Path | str) -> Recipe:
     """Read a recipe file. Raises ConfigError naming the file, the key, the value and what was expected."""
+    recipe: Recipe = read_toml(Recipe, path)
+    return recipe
+
+
+def read_toml(kind: Any, path: Path | str) -> Any:
+    """A file as the dataclass `kind`. Raises ConfigError naming the file, the key, the value and what was expected."""
     try:
         raw = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"recipe {path}: {error}") from error
     try:
-        recipe: Recipe = build(Recipe, raw)
+        return build(kind, raw)
     except ConfigError as error:
         raise ConfigError(f"recipe {path}: {error}") from error
-    return recipe
 
 
 def build(kind: Any, raw: Any, where: str = "") -> Any:

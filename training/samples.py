@@ -52,7 +52,8 @@ class Sources:
 
     keywords: one per page view. popularity: item id → what orders items of one SID. trie: of all live SIDs. judged:
     the relevance table, if there is one. anonymous_share: share of page views whose prompt hides the user.
-    teach: `search` samples carry their teacher prompt.
+    teach: `search` samples carry their teacher prompt. learn: positions of the page views that preferences and prompts
+    of rollouts come from, None for all; the others only tell rates, earlier orders and what queries mean.
     """
 
     renderer: Renderer
@@ -68,6 +69,7 @@ class Sources:
     anonymous_share: float
     seed: int
     teach: bool = False
+    learn: frozenset[int] | None = None
 
 
 def search(sources: Sources) -> Iterable[Sample]:

@@ -36,15 +36,20 @@ FolderOf = Callable[[str, Mapping[str, Any]], Path]
 
 
 def train(
-    recipe: Recipe, sources: Sources, folder_of: FolderOf, inputs: Mapping[str, Any]
+    recipe: Recipe,
+    sources: Sources,
+    folder_of: FolderOf,
+    inputs: Mapping[str, Any],
+    model: OneSearchModel | None = None,
 ) -> tuple[OneSearchModel, dict[str, dict[str, float]]]:
     """A model that went through all stages, in eval mode, with the mean loss per stage and task at its end.
 
-    `folder_of` names a stage's folder by what went into it; `inputs` is what went into all of them.
+    `folder_of` names a stage's folder by what went into it; `inputs` is what went into all of them. model: what to go
+    on from, changed in place; None for a new one of the recipe's shape and seed.
     """
     torch.manual_seed(recipe.seed)
-    shape = asdict(recipe.model)
-    model = OneSearchModel(ModelConfig.for_renderer(sources.renderer, **shape))
+    if model is None:
+        model = OneSearchModel(ModelConfig.for_renderer(sources.renderer, **asdict(recipe.model)))
     losses: dict[str, dict[str, float]] = {}
     before = ""
     for number, stage in enumerate(recipe.stages):
