@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from onesearch.catalog import Catalog, Item, columns_of, write_catalog
 from onesearch.errors import ConfigError, DataError
+from onesearch.keywords import KeywordRules
 from onesearch.search import SearchOptions, SearchResult
 from onesearch.text import normalise
 from training import evaluate
@@ -25,6 +26,7 @@ from training.logged import best_sellers, evaluate_logs
 from training.marketplace import simulate, write_truth
 from training.marketplace_needs import grade
 from training.negation import read_negations
+from training.overlap import read_keywords
 from training.package import catalog_items
 from training.sessions import page_views
 from training.subject import Subject
@@ -201,6 +203,38 @@ def test_results_that_show_what_a_query_excludes_are_counted(subject, tmp_path):
         "popularity": 0.5,
     }
     assert read_negations(tmp_path / "elsewhere") == {}
+
+
+def test_keyword_overlap_and_breadth_by_hand(subject, tmp_path):
+    """red is shown red shoes and red bag, blue shoes navy, blue and red shoes, bag green and red bag."""
+    known = {"red": ("shoes", "store bag", "green", "lamp"), "blue shoes": ("blue",)}
+    report = evaluate_logs(
+        subject, views(*TRAIN, *TEST), "test", None, 0, keywords=lambda query: known.get(query, ())
+    )
+    overlap, breadth = (
+        measured(report, "queries with keywords", f"keyword {m}@10") for m in ("overlap", "breadth")
+    )
+    assert overlap.count == breadth.count == 2  # bag has no keywords
+    assert overlap.systems["model"].value == pytest.approx((2 / 2 + 2 / 3) / 2)  # red shoes are not blue
+    assert breadth.systems["model"].value == pytest.approx(
+        (2 / 4 + 1 / 1) / 2
+    )  # shoes and store bag, not in one word
+    assert overlap.systems["bm25"].value == pytest.approx((2 / 2 + 2 / 3) / 2)
+    show(report, Console(file=(text := io.StringIO()), width=200))
+    assert "keyword overlap@10" in text.getvalue() and "keyword breadth@10" in text.getvalue()
+    nothing = evaluate_logs(subject, views(session(1, "lamp", [10])), "test", None, 0, keywords=lambda q: (q,))
+    assert measured(nothing, "queries with keywords", "keyword overlap@10").systems["model"].value == 0
+
+
+def test_keywords_of_queries_come_from_the_truth_or_else_from_the_rules(tmp_path):
+    rules = KeywordRules({"bag": "Entity"})
+    who, keywords = read_keywords(tmp_path, rules)
+    assert (who, keywords("a bag")) == ("rules", ("bag",))
+    write_truth(market := simulate(items=2000, users=20, sessions=100, seed=3), tmp_path / "truth")
+    who, keywords = read_keywords(tmp_path, rules)
+    assert who == "truth" and keywords("a bag of nobody") == ()
+    found = [keywords(normalise(query)) for query in market.tables.recall["query"]]
+    assert all(phrase for phrases in found for phrase in phrases) and any(found)
 
 
 def test_category_hits_and_calibration_by_hand(subject):
@@ -390,10 +424,12 @@ def test_the_command_measures_a_bundle_on_logs(tiny_shop):
     header, *measures = map(orjson.loads, result.stdout.splitlines())
     assert header["decoder"] == "torch"
     assert header["hardware"]
+    assert header["query_keywords_from"] == "rules"
     assert (header["items"], header["items_only_in_data"], header["page_views_asked"]) == (30, 0, 4)
     found = {(row["slice"], row["measure"]): row["systems"] for row in measures}
     assert found["clicks", "HR@10"].keys() == {"model", "bm25", "popularity"}
     assert 0 <= found["beams without the trie", "valid SID@10"]["model"]["value"] <= 1
+    assert found["queries with keywords", "keyword breadth@10"]["bm25"]["value"] == 1  # titles as queries
     found_units = orjson.loads(out.read_bytes())["units"]
     assert len(found_units["session"]) == len(found_units["rank"]) == header["clicked_items"]
     assert orjson.loads(out.read_bytes()) == {"run": header, "measures": measures, "units": found_units}

@@ -30,6 +30,7 @@ from training.judgements import evaluate_judgements, read_judgements
 from training.logged import evaluate_logs
 from training.metrics import Estimate, Measured
 from training.negation import read_negations
+from training.overlap import read_keywords
 from training.sessions import page_views
 from training.subject import DEPTH, MODEL, Report, Subject
 from training.tables import load_tables
@@ -160,7 +161,9 @@ def _evaluate(
         per_item = made.get("pseudo_queries", PER_ITEM)
         views = page_views(with_queries(tables, made.get("bootstrap", False), recipe.get("seed", 0), per_item))
         grader = read_grades(data, tables.relevance, bundle.catalog)
-        report = evaluate_logs(subject, views, split, max_requests, seed, read_negations(data), grader)
+        who, keywords = read_keywords(data, bundle.keywords)
+        report = evaluate_logs(subject, views, split, max_requests, seed, read_negations(data), grader, keywords)
+        report.facts["query_keywords_from"] = who
     else:
         report = evaluate_judgements(subject, rated, max_requests, seed)
     items, live = set(tables.items["item_id"]), set(bundle.catalog.item_ids.tolist())

@@ -35,6 +35,7 @@ from training.metrics import (
     top_rows,
 )
 from training.negation import Exclusions, measure_violations
+from training.overlap import KeywordsOf, measure_overlap
 from training.sessions import PageView
 from training.subject import (
     BM25,
@@ -74,11 +75,12 @@ def evaluate_logs(
     seed: int,
     negations: Mapping[str, Exclusions] | None = None,
     grader: Grader | None = None,
+    keywords: KeywordsOf | None = None,
 ) -> Report:
     """HR, MRR and valid-SID rate on the page views of a split that clicked something, with baselines.
 
     negations: what queries exclude, where the truth of a simulation tells (`training.negation`). grader: relevance
-    labels (`training.grades`).
+    labels (`training.grades`). keywords: what queries ask for (`training.overlap`).
     Raises DataError when there is no such page view. A clicked item that the catalog lacks counts as not found.
     """
     inside = [view for view in views if view.split == split]
@@ -104,6 +106,8 @@ def evaluate_logs(
     if grader is not None:
         measured += measure_relevance(queries, ranked, grader, MODEL, seed)
     measured += measure_violations(queries, ranked, subject.catalog, negations or {}, MODEL, seed)
+    if keywords is not None:
+        measured += measure_overlap(queries, ranked, subject.catalog, keywords, MODEL, seed)
     measured += _spread(ranked, subject.catalog.num_items) + measure_validity(subject, contexts, seed)
     measured.append(_calibration(ranking, units, subject.catalog))
     facts = ranking.facts | {

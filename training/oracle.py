@@ -28,7 +28,7 @@ def oracle_keywords(
 
     Raises DataError when the tables come without their truth.
     """
-    wants = _read_wants(data)
+    wants = read_wants(data)
     product: Mapping[int, str] = dict(items.select("item_id", "category_level3_name").iter_rows())
     products = sorted({normalise(name) for name in product.values()})
 
@@ -46,8 +46,11 @@ def oracle_keywords(
     return lambda views: [keywords(view) for view in views]
 
 
-def _read_wants(data: Path) -> dict[str, tuple[tuple[str, str], ...]]:
-    """Normalised query → (product, keyword) pairs of its need, in the order of the truth."""
+def read_wants(data: Path) -> dict[str, tuple[tuple[str, str], ...]]:
+    """Normalised query → (product, keyword) pairs of its need, in the order of the truth.
+
+    Raises DataError when the tables come without their truth.
+    """
     needs, queries = data / "truth" / "needs.parquet", data / "truth" / "queries.parquet"
     if not needs.exists() or not queries.exists():
         raise DataError(
