@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import orjson
 
-from benchmarks.wire import hardware
+from onesearch.hardware import hardware
 from service import ab
 from service.events import Event, Exposure
 from service.store import Store, sqlite_store

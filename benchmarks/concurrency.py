@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.wire import hardware
 from onesearch.bundle import Bundle, HeldOut, open_bundle, read_held_out
+from onesearch.hardware import hardware
 from onesearch.runtime import Precision, open_decoder
 from onesearch.search import Searcher, SearchOptions
 from service.inference import EmbeddedRunner, own_cores, search_threads

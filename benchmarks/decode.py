@@ -34,10 +34,10 @@ import decoder
 from benchmarks import peers
 from benchmarks.floor import multiply_adds, peak_fp32, peak_int8
 from benchmarks.trie import SIZES, catalog, prefix_dictionary, timed
-from benchmarks.wire import hardware
 from model_export import quantise, to_onnx
 from onesearch.bundle import open_bundle
 from onesearch.decode import BeamConfig, BeamResult, beam_search
+from onesearch.hardware import hardware
 from onesearch.model import OneSearchModel, open_model
 from onesearch.model_config import ModelConfig
 from onesearch.runtime import PREFILL_FILE, STEP_FILE, Decoder, open_decoder

@@ -24,10 +24,11 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.trie import SIZES, TOP_N, WIDTH, catalog, logits, timed
-from benchmarks.wire import hardware, report
+from benchmarks.wire import report
 from onesearch.catalog import Catalog, Columns, Filters, Item
 from onesearch.decode import BeamConfig, BeamResult, beam_search
 from onesearch.eligibility import RecentlyUsed
+from onesearch.hardware import hardware
 from onesearch.live import Change, LiveCatalog, Snapshot
 from onesearch.versions import Version
 from onesearch.word_index import WordIndex

@@ -29,9 +29,10 @@ import uvicorn
 import uvloop
 from fastapi import FastAPI, Response
 
-from benchmarks.wire import Client, Server, hardware, redis, report, serving
+from benchmarks.wire import Client, Server, redis, report, serving
 from onesearch.catalog import Catalog, Item, write_catalog
 from onesearch.context import SearchContext
+from onesearch.hardware import hardware
 from onesearch.live import LiveCatalog
 from onesearch.search import SearchOptions, SearchResult
 from service.app import create_app

@@ -18,7 +18,7 @@ import typer
 
 from onesearch.arrays import write_atomically
 from onesearch.command import run
-from onesearch.errors import DataError, OneSearchError
+from onesearch.errors import DataError
 from training.columns import UNKNOWN
 from training.tables import Tables, frame, write_tables
 
@@ -123,12 +123,8 @@ def _command(source_dir: Path, out_dir: Path, format: str = "jsonl") -> None:
     """Convert the Icecat catalog and ratings in SOURCE_DIR to tables in OUT_DIR."""
     if format not in ("jsonl", "parquet"):
         raise typer.BadParameter(f"{format!r}, expected jsonl or parquet", param_hint="--format")
-    try:
-        items, judgements = read_items(source_dir), read_judgements(source_dir)
-        write_tables(Tables(items), out_dir, "jsonl" if format == "jsonl" else "parquet")
-    except OneSearchError as error:
-        typer.echo(f"icecat: {error}", err=True)
-        raise typer.Exit(2) from error
+    items, judgements = read_items(source_dir), read_judgements(source_dir)
+    write_tables(Tables(items), out_dir, "jsonl" if format == "jsonl" else "parquet")
     write_judgements(judgements, out_dir / "judgements.jsonl")
     typer.echo(summary(items, judgements))
 

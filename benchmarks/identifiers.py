@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 
 from onesearch.embedder import KeywordEmbedder, TextEmbedder
+from onesearch.hardware import hardware
 from onesearch.quantizer import Codebooks, Float32
 from onesearch.sid import RQ_LEVELS, Codes
 from training.codebooks import CodebookConfig, fit_codebooks
 from training.embedder import fit_embedder
-from training.evaluate import hardware
 from training.keywords import mine_keywords
 from training.package import catalog_items
 from training.pipeline import click_pairs

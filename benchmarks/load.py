@@ -27,7 +27,8 @@ import orjson
 import uvloop
 
 from benchmarks.traffic import EVENTS, SEARCH, Ask, Traffic, vocabulary
-from benchmarks.wire import Client, Server, hardware, report, serving
+from benchmarks.wire import Client, Server, report, serving
+from onesearch.hardware import hardware
 
 SWEEP = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
 """Rates of the sweep as multiples of what two full-width searches at a time would give."""

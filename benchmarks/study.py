@@ -32,12 +32,12 @@ import torch
 from benchmarks.study_report import Outcome, write_report
 from onesearch.arrays import write_atomically
 from onesearch.bundle import Bundle, open_bundle
+from onesearch.hardware import hardware
 from onesearch.model import TorchDecoder, open_model
 from onesearch.search import Searcher, SearchOptions
 from onesearch.sequence import SequenceConfig
 from training.codebooks import CodebookConfig
 from training.embedder import EmbedderConfig
-from training.evaluate import hardware
 from training.logged import Units, clicked_units, query_slices
 from training.marketplace import simulate, write_truth
 from training.metrics import item_rank

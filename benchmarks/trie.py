@@ -30,8 +30,8 @@ import numpy.typing as npt
 import torch
 from transformers import PrefixConstrainedLogitsProcessor
 
-from benchmarks.wire import hardware
 from onesearch.decode import BeamConfig, beam_search
+from onesearch.hardware import hardware
 from trie import AnyMask, AnyTrie, Overlay, SidTrie
 
 SIZES = (4096, 1024, 512, 256, 256)

@@ -7,7 +7,6 @@ are busy, so a slow server never delays a request before it is sent.
 import asyncio
 import json
 import os
-import platform
 import shutil
 import signal
 import socket
@@ -197,15 +196,6 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def hardware() -> str:
-    """Processor model and visible cores."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    model = next(names, platform.machine())
-    return f"{model}, {os.cpu_count()} cores"
 
 
 def report(row: Mapping[str, object], as_json: bool) -> None:

@@ -9,7 +9,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.wire import hardware, report, serving
+from benchmarks.wire import report, serving
+from onesearch.hardware import hardware
 
 SEARCHES = 20
 

@@ -15,7 +15,7 @@ import typer
 import decoder
 from onesearch.bundle import GRAPHS, STAMP, Bundle, open_bundle, sha256
 from onesearch.command import run
-from onesearch.errors import ExportError, OneSearchError
+from onesearch.errors import ExportError
 from onesearch.runtime import PREFILL_FILE, STEP_FILE, Precision, open_decoder
 
 Target = Literal["onnx", "triton", "tensorrt"]
@@ -121,20 +121,14 @@ def _main(
     ] = None,
 ) -> None:
     """Export the graphs of a bundle and prove that they agree with the model."""
-    try:
-        if from_hf is not None:
-            _wrap(from_hf, sid_spec, bundle)
-        if target == "triton":
-            _triton(bundle, out, graphs, precision, instances, engines)
-            return
-        if target == "tensorrt":
-            _tensorrt(bundle, out, (tuple(width or [512]), tuple(batch or [1]), top_n, weights))
-            return
-        stamp = export_onnx(bundle, precision, typer.echo)
-    except OneSearchError as error:
-        typer.echo(f"onesearch-export: {error}", err=True)
-        raise typer.Exit(2) from error
-    _report(stamp["parity"])
+    if from_hf is not None:
+        _wrap(from_hf, sid_spec, bundle)
+    if target == "triton":
+        _triton(bundle, out, graphs, precision, instances, engines)
+    elif target == "tensorrt":
+        _tensorrt(bundle, out, (tuple(width or [512]), tuple(batch or [1]), top_n, weights))
+    else:
+        _report(export_onnx(bundle, precision, typer.echo)["parity"])
 
 
 def _report(parity: Mapping[str, Any]) -> None:

@@ -33,7 +33,7 @@ from model_export.to_triton import (
 )
 from onesearch import remote
 from onesearch.command import HELP, start
-from onesearch.errors import ExportError, OneSearchError
+from onesearch.errors import ExportError
 
 LOAD_SECONDS = 600.0
 app = typer.Typer(
@@ -120,15 +120,6 @@ def _client(server: str) -> Iterator[grpc.InferenceServerClient]:
         client.close()
 
 
-@contextmanager
-def _told() -> Iterator[None]:
-    try:
-        yield
-    except OneSearchError as error:
-        typer.echo(f"onesearch-triton: {error}", err=True)
-        raise typer.Exit(2) from error
-
-
 @app.command("deploy")
 def _deploy(
     bundle: Annotated[Path, typer.Argument(help="an exported bundle")],
@@ -137,9 +128,8 @@ def _deploy(
     engines: Annotated[Path | None, typer.Option(help="tensorrt: the bundle's kit, its engines built")] = None,
 ) -> None:
     """Write a bundle as the next version, have the server check and warm it, then switch."""
-    with _told():
-        number = deploy(bundle, repository, server, typer.echo, engines)
-        typer.echo(f"serves version {number}, model {read_about(repository, number)['model_version']}")
+    number = deploy(bundle, repository, server, typer.echo, engines)
+    typer.echo(f"serves version {number}, model {read_about(repository, number)['model_version']}")
 
 
 @app.command("rollback")
@@ -149,9 +139,8 @@ def _rollback(
     to: Annotated[int | None, typer.Option(help="version to serve, by default the one before")] = None,
 ) -> None:
     """Switch back to an earlier version."""
-    with _told():
-        number = rollback(repository, server, to)
-        typer.echo(f"serves version {number}, model {read_about(repository, number)['model_version']}")
+    number = rollback(repository, server, to)
+    typer.echo(f"serves version {number}, model {read_about(repository, number)['model_version']}")
 
 
 @app.command("catalog")
@@ -159,8 +148,7 @@ def _catalog(
     bundle: Annotated[Path, typer.Argument(help="a bundle of the same identifiers")], repository: Repository
 ) -> None:
     """Publish the trie of a bundle; running servers open it when the first search asks for it."""
-    with _told():
-        typer.echo(f"published catalog {publish_catalog(bundle, repository)}")
+    typer.echo(f"published catalog {publish_catalog(bundle, repository)}")
 
 
 @app.command("status")
@@ -169,16 +157,15 @@ def _status(
     server: Annotated[str | None, typer.Option(help="gRPC address of the server, HOST:PORT")] = None,
 ) -> None:
     """The versions of a repository, and what the server says of them."""
-    with _told():
-        active = active_version(repository)
-        for number in versions(repository):
-            about = read_about(repository, number)
-            words = [f"version {number}", f"model {about['model_version']}", f"catalog {about['catalog_version']}"]
-            words += ["active"] if number == active else []
-            if server is not None:
-                with _client(server) as client:
-                    words += ["ready"] if client.is_model_ready(remote.MODEL, str(number)) else ["not loaded"]
-            typer.echo(", ".join(words))
+    active = active_version(repository)
+    for number in versions(repository):
+        about = read_about(repository, number)
+        words = [f"version {number}", f"model {about['model_version']}", f"catalog {about['catalog_version']}"]
+        words += ["active"] if number == active else []
+        if server is not None:
+            with _client(server) as client:
+                words += ["ready"] if client.is_model_ready(remote.MODEL, str(number)) else ["not loaded"]
+        typer.echo(", ".join(words))
 
 
 def main() -> None:

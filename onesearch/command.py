@@ -6,6 +6,10 @@ from pathlib import Path
 
 import typer
 
+from onesearch.errors import OneSearchError
+
+REFUSED = 2
+"""Exit status of a command that was asked for something it cannot do."""
 HELP = {"help_option_names": ["-h", "--help"]}
 """Settings of a command: help under both names."""
 
@@ -21,9 +25,11 @@ def run(command: Callable[..., None]) -> None:
 
 
 def start(app: typer.Typer) -> None:
-    """Parse the command line and exit. A file that cannot be read or written is one line and status 2."""
+    """Parse the command line and exit. What is wrong with what was asked, or a file that cannot be read or written, is
+    told after the command's name, with status REFUSED.
+    """
     try:
         app()
-    except OSError as error:
-        typer.echo(f"{Path(sys.argv[0]).stem}: {error}", err=True)
-        raise SystemExit(2) from error
+    except (OneSearchError, OSError) as error:
+        typer.secho(f"{Path(sys.argv[0]).stem}: {error}", fg="red", err=True)
+        raise SystemExit(REFUSED) from error

@@ -13,14 +13,12 @@ from rich.console import Console
 from rich.table import Table
 
 from onesearch.command import HELP, start
-from onesearch.errors import OneSearchError
 from service.ab_report import AbReport, analyse, collect
 from service.events import EventLog, Exposure, read_entries
 from service.settings import load_settings
 from service.store import open_store
 from service.variants import read_experiment
 
-REFUSED = 2
 _TABLE_WIDTH = 110  # columns of a table that is not shown on a terminal
 app = typer.Typer(no_args_is_help=True, add_completion=False, context_settings=HELP)
 
@@ -47,22 +45,18 @@ def report(
     plot: Annotated[Path | None, typer.Option(help="Write the lifts with their intervals as a PNG.")] = None,
 ) -> None:
     """Per-variant CTR, CVR, orders, revenue and latency, with relative lift, 95 % interval and p-value."""
-    try:
-        settings = load_settings(state=state)
-        found = asyncio.run(
-            _report(
-                lambda: open_store(settings).events,
-                control,
-                _expected(experiments, experiment, weights),
-                experiment,
-                (_seconds(since, 0.0), _seconds(until, float("inf"))),
-            )
+    settings = load_settings(state=state)
+    found = asyncio.run(
+        _report(
+            lambda: open_store(settings, create=False).events,
+            control,
+            _expected(experiments, experiment, weights),
+            experiment,
+            (_seconds(since, 0.0), _seconds(until, float("inf"))),
         )
-        if plot is not None:
-            _plot(found, plot)
-    except OneSearchError as error:
-        typer.echo(f"onesearch-ab: {error}", err=True)
-        raise typer.Exit(REFUSED) from error
+    )
+    if plot is not None:
+        _plot(found, plot)
     if as_json:
         typer.echo(orjson.dumps(found.to_dict()).decode())
     else:

@@ -6,9 +6,8 @@ from typing import Annotated
 import typer
 
 from onesearch.command import run
-from onesearch.errors import OneSearchError
 from service.settings import load_settings
-from service.workers import REFUSED, Supervisor, open_app, serve_app
+from service.workers import Supervisor, open_app, serve_app
 
 
 def serve(
@@ -21,16 +20,10 @@ def serve(
     workers: Annotated[int | None, typer.Option(help="Processes that serve the port [ONESEARCH_WORKERS].")] = None,
 ) -> None:
     """Serve bundles over HTTP."""
-    try:
-        settings = load_settings(host=host, port=port, experiments=experiments, workers=workers)
-        if settings.workers > 1:
-            raise typer.Exit(Supervisor(bundles, settings).run())
-        app = open_app(bundles, settings)
-    except OneSearchError as error:
-        typer.echo(f"onesearch-serve: {error}", err=True)
-        raise typer.Exit(REFUSED) from error
-    typer.echo(f"onesearch serves on http://{settings.host}:{settings.port}", err=True)
-    serve_app(app, settings)
+    settings = load_settings(host=host, port=port, experiments=experiments, workers=workers)
+    if settings.workers > 1:
+        raise typer.Exit(Supervisor(bundles, settings).run())
+    serve_app(open_app(bundles, settings), settings)
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ import typer
 from onesearch.bundle import Bundle, open_bundle
 from onesearch.catalog import Catalog
 from onesearch.command import run
-from onesearch.errors import OneSearchError, ProviderError
+from onesearch.errors import ProviderError
 from onesearch.llm import LlmClient, LlmConfig, Usage
 from onesearch.taqu import KeywordProvider, LlmProvider, RuleProvider, UserNotes
 from service.keywords import DAY, NEGATIVE_SECONDS, PERSONAL_SECONDS, Claim, Entry, Job, entry_key
@@ -35,7 +35,6 @@ LEASE_SECONDS = 300.0
 IDLE_SECONDS = 0.5
 AT_ONCE = 8
 RECENT_CLICKS = 20
-REFUSED = 2
 logger = logging.getLogger("onesearch.keywords")
 
 
@@ -188,15 +187,11 @@ def keywords(
     metrics_port: Annotated[int, typer.Option(min=0, max=65535, help="Port of /metrics, 0 for none.")] = 0,
 ) -> None:
     """Make the keywords that searches missed; settings as for onesearch-serve."""
-    try:
-        settings = load_settings()
-        logging.config.dictConfig(log_config(settings.log_level))
-        opened = open_bundle(bundle, graphs=False)
-        typer.echo("onesearch-keywords works", err=True)
-        asyncio.run(_work(settings, opened, metrics_port))
-    except OneSearchError as error:
-        typer.echo(f"onesearch-keywords: {error}", err=True)
-        raise typer.Exit(REFUSED) from error
+    settings = load_settings()
+    logging.config.dictConfig(log_config(settings.log_level))
+    opened = open_bundle(bundle, graphs=False)
+    typer.echo("onesearch-keywords works", err=True)
+    asyncio.run(_work(settings, opened, metrics_port))
 
 
 def main() -> None:

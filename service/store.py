@@ -4,6 +4,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from onesearch.errors import ConfigError
 from service.events import EventLog
 from service.events_redis import RedisEvents
 from service.events_sqlite import SqliteEvents
@@ -32,12 +33,18 @@ class Store:
     close: Callable[[], Awaitable[None]]
 
 
-def open_store(settings: Settings) -> Store:
-    """The store that the settings name. Raises ConfigError when it cannot be used."""
+def open_store(settings: Settings, create: bool = True) -> Store:
+    """The store that the settings name. Raises ConfigError when it cannot be used.
+
+    create: make an embedded store that is not there yet; for who only reads, that is an error.
+    """
     ttl = settings.state_ttl_days * _SECONDS_PER_DAY
     retention = settings.log_retention_days * _SECONDS_PER_DAY
     if settings.state.startswith(_SQLITE):
-        return sqlite_store(Path(settings.state.removeprefix(_SQLITE)), ttl, retention)
+        path = Path(settings.state.removeprefix(_SQLITE))
+        if not create and not path.is_file():
+            raise ConfigError(f"state: {path} is no file, expected the store of a service")
+        return sqlite_store(path, ttl, retention)
     return redis_store(
         settings.state, ttl, retention, max(settings.state_timeout_ms, settings.state_write_timeout_ms) / 1e3
     )

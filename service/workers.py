@@ -24,6 +24,7 @@ import uvicorn
 from fastapi import FastAPI
 from prometheus_client.multiprocess import mark_process_dead
 
+from onesearch.command import REFUSED
 from onesearch.errors import OneSearchError
 from service.app import create_app
 from service.deployment import open_deployment
@@ -33,7 +34,6 @@ from service.settings import Settings
 from service.store import open_store
 from service.telemetry import SHARED_FOLDER, log_config
 
-REFUSED = 2
 _RESTART_PAUSE = 1.0
 _SPAWN = multiprocessing.get_context("spawn")
 
@@ -49,6 +49,13 @@ class DrainingServer(uvicorn.Server):
         self._readiness = readiness
         self._notice = notice_seconds
         self._closes_at: float | None = None
+
+    async def startup(self, sockets: list[socket] | None = None) -> None:
+        """Open the port, unless it is the supervisor's, and say so."""
+        await super().startup(sockets)
+        if sockets is None:
+            port = self.servers[0].sockets[0].getsockname()[1]
+            print(f"onesearch serves on http://{self.config.host}:{port}", file=sys.stderr, flush=True)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal arrived."""

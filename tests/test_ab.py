@@ -1,9 +1,14 @@
 """The A/B report: hand-made logs give hand-computed figures; A/A splits are called different as often as promised."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+from command_line import invoke
 
+from onesearch.command import REFUSED
 from onesearch.errors import InputError
+from service import ab
 from service.ab_report import Unit, Units, analyse, collect
 from service.events import Event, Exposure
 
@@ -137,3 +142,13 @@ def test_what_the_control_has_nothing_of_is_left_out() -> None:
 def test_every_variant_needs_an_expected_share(weights: dict[str, float]) -> None:
     with pytest.raises(InputError, match=r"weights: 'new' has .*, expected a share above 0"):
         analyse(drawn(np.random.default_rng(5), 50), "old", weights)
+
+
+def test_a_store_that_is_not_there_is_an_error_and_is_not_made(tmp_path: Path) -> None:
+    ran = invoke(ab.main, "report", "--state", f"sqlite:{tmp_path / 'state.sqlite3'}", name="onesearch-ab")
+    assert ran.exit_code == REFUSED
+    assert (
+        ran.stderr
+        == f"onesearch-ab: state: {tmp_path / 'state.sqlite3'} is no file, expected the store of a service\n"
+    )
+    assert list(tmp_path.iterdir()) == []

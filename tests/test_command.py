@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from onesearch.command import run
+from onesearch.command import REFUSED, run
+from onesearch.errors import ConfigError
 
 SCRIPTS = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]["scripts"]
 
@@ -35,6 +36,18 @@ def test_an_error_nobody_expected_does_not_print_local_variables(monkeypatch, ca
     sys.excepthook(broken.type, broken.value, broken.tb)
     shown = capsys.readouterr().err
     assert "broken after 8" in shown and "k-secret" not in shown
+
+
+def test_what_was_asked_wrongly_is_told_after_the_commands_name(monkeypatch, capsys):
+    def command(size: int = 1) -> None:
+        raise ConfigError(f"size: {size}, expected [2]")
+
+    for arguments in ([], ["--size", "3"]):
+        monkeypatch.setattr(sys, "argv", ["/bin/onesearch-x", *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            run(command)
+        assert stopped.value.code == REFUSED == 2
+    assert capsys.readouterr() == ("", "onesearch-x: size: 1, expected [2]\nonesearch-x: size: 3, expected [2]\n")
 
 
 def test_a_file_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, capsys):

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import orjson
 import pytest
-import typer
-from typer.testing import CliRunner
+from command_line import invoke
 
 from onesearch.errors import DataError
 from training import compare
@@ -57,12 +56,10 @@ def test_what_does_not_pair_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_command_prints_each_measure_and_says_what_one_seed_is_worth(tmp_path: Path) -> None:
-    app = typer.Typer()
-    app.command()(compare._command)
     ours, theirs = report(tmp_path, "a", 1, [1, 1, 1, 1]), report(tmp_path, "b", 1, [0, 0, 0, 0])
-    shown = CliRunner().invoke(app, [str(ours), "--against", str(theirs)])
+    shown = invoke(compare.main, ours, "--against", theirs)
     assert shown.exit_code == 0 and "+1.0000 [+1.0000, +1.0000]" in shown.stdout
     assert "one seed says nothing of others" in shown.stdout
-    lines = CliRunner().invoke(app, [str(ours), "--against", str(theirs), "--json"]).stdout.splitlines()
+    lines = invoke(compare.main, ours, "--against", theirs, "--json").stdout.splitlines()
     assert math.isclose(orjson.loads(lines[0])["difference"]["value"], 1.0)
-    assert CliRunner().invoke(app, [str(ours), "--against", str(tmp_path)]).exit_code == 2
+    assert invoke(compare.main, ours, "--against", tmp_path).exit_code == 2

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,15 +12,16 @@ from pathlib import Path
 
 import httpx2
 import pytest
-import typer
-from service_fakes import fake_settings
+from command_line import invoke
+from service_fakes import fake_deployment, fake_engine, fake_settings
 from starlette.testclient import TestClient
 from tiny_bundle import write_tiny_bundle
-from typer.testing import CliRunner
 
 from model_export.cli import export_onnx
+from onesearch.command import REFUSED
+from service import workers
 from service.app import create_app
-from service.cli import REFUSED, serve
+from service.cli import main
 from service.deployment import open_deployment
 from service.store import open_store
 
@@ -40,11 +42,9 @@ def client(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[T
 
 
 def refusal(*paths: Path) -> str:
-    app = typer.Typer()
-    app.command()(serve)
-    result = CliRunner().invoke(app, [str(path) for path in paths])
+    result = invoke(main, *paths)
     assert result.exit_code == REFUSED, result.output
-    return str(result.output)
+    return result.output
 
 
 def test_a_trained_bundle_answers_and_is_ready(client: TestClient) -> None:
@@ -119,13 +119,25 @@ def test_two_bundles_of_one_name_are_refused(bundle: Path, tmp_path: Path) -> No
     assert "its name 'bundle' is taken" in refusal(bundle, shutil.copytree(bundle, tmp_path / "bundle"))
 
 
+def test_a_port_in_use_is_not_said_to_serve(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "log_config", lambda level: None)  # the tests' own logging stays
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        settings = fake_settings(tmp_path).model_copy(update={"port": taken.getsockname()[1]})
+        app = create_app(settings, fake_deployment(fake_engine(tmp_path)), open_store(settings))
+        with pytest.raises(SystemExit) as stopped:
+            workers.serve_app(app, settings)
+    assert stopped.value.code and "serves on" not in capsys.readouterr().err
+
+
 def test_the_command_serves_and_stops_when_asked(bundle: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", "from service.cli import main; main()", str(bundle), "--port", "0"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
         assert process.stderr is not None
         try:
             for line in process.stderr:
-                if found := re.search(r"running on (http://[0-9.:]+)", line):
+                if found := re.search(r"^onesearch serves on (http://[0-9.:]+)", line):
                     break
             assert found is not None
             answer = httpx2.get(f"{found[1]}/v1/search", params={"q": "secret mug", "limit": 3}, timeout=30)

@@ -7,10 +7,9 @@ import numpy as np
 import orjson
 import polars as pl
 import pytest
-import typer
+from command_line import invoke
 from rich.console import Console
 from tiny_bundle import tiny_items, write_tiny_bundle
-from typer.testing import CliRunner
 
 from onesearch.catalog import Catalog, Item, columns_of, write_catalog
 from onesearch.errors import ConfigError, DataError
@@ -411,9 +410,7 @@ def tiny_shop(tmp_path_factory):
 
 
 def run(*arguments):
-    app = typer.Typer()
-    app.command()(evaluate._main)
-    return CliRunner().invoke(app, [*map(str, arguments)])
+    return invoke(evaluate.main, *arguments)
 
 
 def test_the_command_measures_a_bundle_on_logs(tiny_shop):

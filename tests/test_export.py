@@ -6,8 +6,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from command_line import invoke
 from tiny_bundle import write_tiny_bundle
-from typer.testing import CliRunner
 
 from model_export import cli, gate, parity, quantise, to_onnx, to_triton
 from model_export.cli import export_onnx
@@ -57,9 +57,7 @@ def scramble(monkeypatch, name):
 
 
 def command(*arguments):
-    app = cli.typer.Typer()
-    app.command()(cli._main)
-    return CliRunner().invoke(app, [str(a) for a in arguments])
+    return invoke(cli.main, *arguments)
 
 
 def test_an_exported_bundle_opens_and_its_graphs_replay_the_golden_examples(exported):

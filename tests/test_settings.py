@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import pytest
-import typer
+from command_line import invoke
 from service_fakes import fake_settings
-from typer.testing import CliRunner
 
+from onesearch.command import REFUSED
 from onesearch.errors import BundleError, ConfigError
-from service.cli import REFUSED, serve
+from service.cli import main
 from service.deployment import open_deployment
 from service.settings import load_settings
 from service.variants import VariantOptions, WeightedSplit, declared_split, read_split
@@ -126,13 +126,11 @@ def test_faults_of_all_bundles_are_listed_at_once(tmp_path: Path) -> None:
 def test_the_command_refuses_with_exit_code_2_and_says_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    app = typer.Typer()
-    app.command()(serve)
-    refused = CliRunner().invoke(app, [str(tmp_path / "missing"), str(tmp_path / "gone")])
+    refused = invoke(main, tmp_path / "missing", tmp_path / "gone", name="onesearch-serve")
     assert refused.exit_code == REFUSED
-    assert "missing" in refused.output
+    assert refused.stderr.startswith("onesearch-serve: cannot serve") and "missing" in refused.stderr
     assert "gone" in refused.output
     monkeypatch.setenv("ONESEARCH_PROT", "1")
-    refused = CliRunner().invoke(app, [str(tmp_path / "missing")])
+    refused = invoke(main, tmp_path / "missing")
     assert refused.exit_code == REFUSED
     assert "did you mean ONESEARCH_PORT?" in refused.output

@@ -371,7 +371,7 @@ def test_the_command_explains_itself_and_says_faults_in_one_line(
     write_tables(Tables(items()), tmp_path / "data")
 
     def command(*arguments: str) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["training.stream", *arguments])
+        monkeypatch.setattr(sys, "argv", ["stream", *arguments])
         with pytest.raises(SystemExit) as stopped:
             main()
         shown = capsys.readouterr()
@@ -382,4 +382,4 @@ def test_the_command_explains_itself_and_says_faults_in_one_line(
     status, shown = command(*places)
     assert status == 2 and "holds no page views, expected the log that the bundle is to follow" in shown
     status, shown = command(*places, "--recipe", str(tmp_path / "none.toml"))
-    assert status == 2 and shown.startswith("training.stream: recipe") and not (tmp_path / "out").exists()
+    assert status == 2 and shown.startswith("stream: recipe") and not (tmp_path / "out").exists()

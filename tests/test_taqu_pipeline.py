@@ -12,10 +12,11 @@ from pathlib import Path
 
 import orjson
 import pytest
+from command_line import invoke
 from test_llm import Endpoint, completion
 from test_sessions import row, tables
-from typer.testing import CliRunner
 
+from onesearch.command import REFUSED
 from onesearch.errors import ConfigError, DataError
 from onesearch.keywords import KeywordRules
 from onesearch.llm import Usage
@@ -54,11 +55,7 @@ def command(data: Path, out: Path, endpoint: Endpoint, *more: str) -> list[str]:
 
 
 def run(*arguments: str) -> tuple[int, str]:
-    import typer
-
-    app = typer.Typer()
-    app.command()(taqu._command)
-    result = CliRunner().invoke(app, list(arguments))
+    result = invoke(taqu.main, *arguments)
     return result.exit_code, result.output
 
 
@@ -111,7 +108,7 @@ def test_a_run_ends_when_the_endpoint_is_away(
     monkeypatch.setattr(taqu, "HOPELESS", 3)
     endpoint.script = [500] * 50
     code, shown = run(*command(data, tmp_path / "k.jsonl", endpoint))
-    assert code == taqu.REFUSED and "3 failures in a row" in shown
+    assert code == REFUSED and "3 failures in a row" in shown
     assert len(endpoint.seen) < 20 and not (tmp_path / "k.jsonl").exists()
 
 
@@ -184,7 +181,7 @@ def test_without_an_endpoint_the_rules_of_the_log_are_used(data: Path, tmp_path:
     found = file_keywords(out)(page_views(load_tables(data)))
     assert any("shoes" in k.query for k in found)
     code, shown = run("--data", str(data), "--out", str(out), "--endpoint", "http://x/v1", "--bundle", "b")
-    assert code == taqu.REFUSED and "either --endpoint or --bundle" in shown
+    assert code == REFUSED and "either --endpoint or --bundle" in shown
 
 
 def test_a_foreign_or_damaged_file_is_refused(tmp_path: Path) -> None:

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import orjson
 import pytest
+from command_line import invoke
 from service_fakes import fake_settings
 from starlette.testclient import TestClient
 from test_triton import assert_same, local, model_on, options, started
 from tiny_bundle import random_contexts
-from typer.testing import CliRunner
 
 from benchmarks.triton_server import TritonServer
 from model_export import triton_rollout
@@ -71,7 +71,7 @@ def newer(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(*arguments: object) -> str:
-    result = CliRunner().invoke(triton_rollout.app, [str(argument) for argument in arguments])
+    result = invoke(triton_rollout.main, *arguments)
     return f"{result.exit_code} {result.output}"
 
 

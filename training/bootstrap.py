@@ -23,7 +23,7 @@ import polars as pl
 import typer
 
 from onesearch.command import run
-from onesearch.errors import ConfigError, DataError, OneSearchError
+from onesearch.errors import ConfigError, DataError
 from onesearch.text import normalise
 from training.columns import UNKNOWN
 from training.progress import track
@@ -307,15 +307,11 @@ def _command(
     rows: Annotated[int | None, typer.Option(min=1, help="Pseudo-sessions; default two per item.")] = None,
 ) -> None:
     """Give a catalog without logs a recall table of pseudo-queries."""
-    try:
-        tables = load_tables(directory)
-        if tables.recall is not None:
-            raise DataError(str(directory), ["has a recall table already; remove it first"])
-        recall = bootstrap(tables.items, seed, rows)
-        write_tables(replace(tables, recall=recall), directory, table_format(directory))
-    except OneSearchError as error:
-        typer.echo(f"bootstrap: {error}", err=True)
-        raise typer.Exit(2) from error
+    tables = load_tables(directory)
+    if tables.recall is not None:
+        raise DataError(str(directory), ["has a recall table already; remove it first"])
+    recall = bootstrap(tables.items, seed, rows)
+    write_tables(replace(tables, recall=recall), directory, table_format(directory))
     counts = ", ".join(f"{n} {split}" for split, n in recall["split"].value_counts(sort=True).iter_rows())
     typer.echo(f"{len(recall)} pseudo-sessions ({counts}), {recall['query'].n_unique()} distinct queries")
 

@@ -4,7 +4,6 @@ Owns the command and how a report is shown; what is asked is `logged` and `judge
 """
 
 import os
-import platform
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from onesearch.bundle import Bundle, open_bundle
 from onesearch.command import run
 from onesearch.context import SearchContext
 from onesearch.decode import Score, StepFn
-from onesearch.errors import OneSearchError
+from onesearch.hardware import hardware
 from onesearch.runtime import Decoder, OnnxDecoder
 from onesearch.search import Searcher, SearchOptions
 from training.bootstrap import PER_ITEM, with_queries
@@ -57,14 +56,6 @@ def bundle_subject(bundle: Bundle, decoder: Decoder, options: SearchOptions) -> 
         return decoder.start(searcher.render(context)[0])
 
     return Subject(searcher, free, bundle.catalog, bundle.trie, options)
-
-
-def hardware() -> str:
-    """Processor, cores and system, for the record beside every number."""
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
-    name = names[0].split(":", 1)[1].strip() if names else platform.processor() or platform.machine()
-    return f"{name}, {os.cpu_count()} logical cores, {platform.system()}, Python {platform.python_version()}"
 
 
 def records(report: Report) -> Iterator[dict[str, Any]]:
@@ -125,11 +116,7 @@ def _main(
 ) -> None:
     """Measure a bundle beside baselines on held-out logs, or on human ratings."""
     options = SearchOptions(limit=max(width, DEPTH), width=width, score=score, keywords=keywords, match=match)
-    try:
-        report = _evaluate(bundle, data, judgements, split, max_requests, options, seed)
-    except OneSearchError as error:
-        Console(stderr=True).print(f"onesearch-eval: {error}", style="red", markup=False)
-        raise typer.Exit(2) from error
+    report = _evaluate(bundle, data, judgements, split, max_requests, options, seed)
     if out is not None:
         run, *measures = records(report)
         document = {"run": run, "measures": measures, "units": report.units}

@@ -16,7 +16,7 @@ import typer
 
 from onesearch.arrays import write_atomically
 from onesearch.command import run
-from onesearch.errors import ConfigError, OneSearchError
+from onesearch.errors import ConfigError
 from training.marketplace_log import Ceilings, Log, ceilings, simulate_log
 from training.marketplace_needs import SHARES, Need, build_needs
 from training.marketplace_tables import build_tables, truth_frames
@@ -106,13 +106,9 @@ def _command(
         raise typer.BadParameter(f"{format!r}, expected parquet or jsonl", param_hint="--format")
     chosen: Format = "jsonl" if format == "jsonl" else "parquet"
     out_dir.mkdir(parents=True, exist_ok=True)
-    try:
-        with Meter("sessions", sessions) as meter:
-            market = simulate(items, users, sessions, seed, meter.advance)
-        write_tables(market.tables, out_dir, chosen)
-    except OneSearchError as error:
-        typer.echo(f"onesearch-simulate: {error}", err=True)
-        raise typer.Exit(2) from error
+    with Meter("sessions", sessions) as meter:
+        market = simulate(items, users, sessions, seed, meter.advance)
+    write_tables(market.tables, out_dir, chosen)
     write_truth(market, out_dir / "truth")
     typer.echo(summary(market))
 

@@ -24,7 +24,7 @@ from onesearch.bundle import SCHEMA_VERSION, Bundle, HeldOut, Manifest, open_bun
 from onesearch.command import run
 from onesearch.context import SearchContext
 from onesearch.embedder import KeywordEmbedder, TextEmbedder
-from onesearch.errors import BundleError, ConfigError, OneSearchError
+from onesearch.errors import BundleError, ConfigError
 from training.bootstrap import with_queries
 from training.codebooks import fit_codebooks
 from training.cold_start import default_table, with_defaults
@@ -254,9 +254,6 @@ def _main(
         target.parent.mkdir(parents=True, exist_ok=True)
         with processes():
             manifest = train_bundle(plan, data, target, Work(work))
-    except OneSearchError as error:
-        _console.print(f"onesearch-train: {error}", style="red", markup=False)
-        raise typer.Exit(2) from error
     except KeyboardInterrupt as error:
         _console.print("onesearch-train: interrupted; run the same command again to continue")
         raise typer.Exit(130) from error

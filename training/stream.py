@@ -28,7 +28,7 @@ from rich.console import Console
 from onesearch.arrays import write_atomically
 from onesearch.bundle import SCHEMA_VERSION, Bundle, HeldOut, Manifest, open_bundle, open_parts, read_held_out
 from onesearch.command import run
-from onesearch.errors import BundleError, ConfigError, DataError, DecodeError, DivergedError, OneSearchError
+from onesearch.errors import BundleError, ConfigError, DataError, DecodeError, DivergedError
 from onesearch.model import OneSearchModel, open_model
 from onesearch.sid import Codes
 from training.grades import read_grades
@@ -289,11 +289,8 @@ def _main(
         config: StreamConfig = read_toml(StreamConfig, recipe) if recipe else StreamConfig()
         before = len(read_ledger(out / LEDGER) or [None])
         rows = follow(config, bundle, data, out, windows)
-    except OneSearchError as error:
-        _console.print(f"training.stream: {error}", style="red", markup=False)
-        raise typer.Exit(2) from error
     except KeyboardInterrupt as error:
-        _console.print("training.stream: interrupted; run the same command again to continue")
+        _console.print("stream: interrupted; run the same command again to continue")
         raise typer.Exit(130) from error
     done, seconds = rows[before:], time.monotonic() - started
     served = next(row for row in reversed(rows) if row.published)

@@ -18,7 +18,7 @@ import typer
 
 from onesearch.command import run
 from onesearch.context import MAX_RECENT_ITEMS
-from onesearch.errors import ConfigError, OneSearchError, ProviderError
+from onesearch.errors import ConfigError, ProviderError
 from onesearch.keywords import KeywordRules, load_keywords
 from onesearch.llm import LlmClient, LlmConfig, Usage
 from onesearch.taqu import MAX_PERSONAL, KeywordProvider, LlmProvider, RuleProvider, UserNotes, valid
@@ -35,7 +35,7 @@ from training.tables import Tables, load_tables
 
 AT_ONCE = 8
 HOPELESS = 25  # failures in a row after which a run ends: the endpoint is away, not one answer unlucky
-INCOMPLETE, REFUSED, INTERRUPTED = 1, 2, 130
+INCOMPLETE, INTERRUPTED = 1, 130
 
 Answer = tuple[str, ...]
 Ask = Callable[[], Awaitable[Answer]]
@@ -257,9 +257,6 @@ def _command(
         )
         plan = None if recipe is None else load_recipe(recipe)
         outcome, usage = make_keywords(data, out, bundle, plan, config if endpoint else None, language)
-    except OneSearchError as error:
-        typer.echo(f"taqu: {error}", err=True)
-        raise typer.Exit(REFUSED) from error
     except KeyboardInterrupt as error:
         typer.echo("taqu: interrupted; run the same command again to continue", err=True)
         raise typer.Exit(INTERRUPTED) from error
