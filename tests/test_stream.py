@@ -19,13 +19,14 @@ from onesearch.model import TorchDecoder, open_model
 from onesearch.search import Searcher, SearchOptions
 from training import microbatch
 from training.columns import SCHEMAS, frame_schema
+from training.ledger import CURRENT, LEDGER, alone, read_ledger
 from training.microbatch import Log, StreamConfig, mix
 from training.pipeline import Work, train_bundle
 from training.probe import GateConfig, Numbers
 from training.recipe import load_recipe, read_toml
 from training.sessions import page_views
 from training.stages import DpoStage, RewardConfig, TpmaStage
-from training.stream import CURRENT, LEDGER, follow, main, read_ledger
+from training.stream import follow, main
 from training.tables import Tables, frame, write_tables
 
 RECIPE = """
@@ -52,7 +53,7 @@ decoder_layers = 1
 dropout = 0.0
 [[stages]]
 name = "search"
-steps = 150
+steps = 100
 batch = 64
 lr = 1e-2
 mixture = { search = 1.0 }
@@ -62,7 +63,7 @@ THINGS = ("shoes", "bag", "lamp", "towel", "mug", "rug", "chair", "desk", "scarf
 TRAINED, WINDOW = 10_000, 1000  # the time of the last training page view, and a window of the stream
 OPEN = GateConfig(hr=1.0, valid=1.0, ndcg=1.0, kl=1e9)
 STAGES = (DpoStage("prefer", 4, batch=8, lr=1e-3), TpmaStage("policy", 4, batch=4, group=4, lr=1e-3))
-CONFIG = StreamConfig(threads=1, window=WINDOW, delay=500, probe=40, stages=STAGES, gate=OPEN)
+CONFIG = StreamConfig(threads=1, window=WINDOW, delay=500, probe=30, stages=STAGES, gate=OPEN)
 NEW = 900
 
 
@@ -247,7 +248,7 @@ def test_the_gate_refuses_a_wrecked_model_and_nothing_changes(
 ) -> None:
     bundle, past = trained
     data = shop(tmp_path, past, recall(range(10_100, 13_001, 25), 6000, "train"))
-    config = replace(CONFIG, gate=GateConfig(kl=1e9))
+    config = replace(CONFIG, gate=GateConfig(hr=0.3, valid=1.0, ndcg=1.0, kl=1e9))
     good = follow(config, bundle, data, tmp_path / "out", windows=1)[-1]
     assert good.published, good.reason
     served = contents(tmp_path / "out" / "0001")
@@ -295,18 +296,18 @@ def test_a_killed_stream_ends_with_the_same_bundle(trained: tuple[Path, pl.DataF
     data = shop(tmp_path, past, recall(range(10_100, 11_001, 25), 6000, "train"))
     recipe = tmp_path / "stream.toml"
     recipe.write_text(
-        "threads = 1\nwindow = 1000\ndelay = 500\nprobe = 40\ngate = { hr = 1.0, valid = 1.0, ndcg = 1.0, kl = 1e9 }\n"
+        "threads = 1\nwindow = 1000\ndelay = 500\nprobe = 30\ngate = { hr = 1.0, valid = 1.0, ndcg = 1.0, kl = 1e9 }\n"
         '[[stages]]\nname = "prefer"\nkind = "dpo"\nsteps = 4\nbatch = 8\nlr = 1e-3\n'
-        '[[stages]]\nname = "policy"\nkind = "tpma"\nsteps = 110\nbatch = 2\ngroup = 2\nlr = 1e-4\n'
+        '[[stages]]\nname = "policy"\nkind = "tpma"\nsteps = 60\nbatch = 2\ngroup = 2\nlr = 1e-4\n'
     )
     out = tmp_path / "out"
     command = [sys.executable, "-m", "training.stream", str(bundle), "--data", str(data), "--out", str(out)]
     process = subprocess.Popen([*command, "--recipe", str(recipe)], stderr=subprocess.DEVNULL)
-    while process.poll() is None and not list(out.glob("work/stage-policy-*/checkpoint/done.json")):
+    while process.poll() is None and not list(out.glob("work/stage-policy-*/log.jsonl")):
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
-    assert len(read_ledger(out / LEDGER)) == 1 and (out / CURRENT).resolve() == bundle.resolve()
+    assert len(read_ledger(out)) == 1 and (out / CURRENT).resolve() == bundle.resolve()
     (out / "0001").mkdir()  # a kill between the bundle and its line in the ledger
     (out / "0001" / "junk").write_bytes(b"half")
 
@@ -323,7 +324,7 @@ def test_a_killed_stream_ends_with_the_same_bundle(trained: tuple[Path, pl.DataF
         LEDGER,
     ]
     (out / CURRENT).unlink()  # a kill before the link was moved
-    assert follow(config, bundle, data, out) == read_ledger(out / LEDGER)
+    assert follow(config, bundle, data, out) == read_ledger(out)
     assert (out / CURRENT).readlink() == Path("0001")
 
 
@@ -355,6 +356,8 @@ def test_a_ledger_goes_with_its_bundle(trained: tuple[Path, pl.DataFrame], tmp_p
     lines = ledger.read_bytes()
     ledger.write_bytes(lines.replace(first.model_version.encode(), b"another"))
     with pytest.raises(ConfigError, match="began with model another, not with"):
+        follow(CONFIG, bundle, data, tmp_path / "out")
+    with alone(tmp_path / "out"), pytest.raises(ConfigError, match="out: is in use by another process"):
         follow(CONFIG, bundle, data, tmp_path / "out")
     ledger.write_bytes(lines + b'{"window": 1')
     with pytest.raises(DataError, match="line 2"):

@@ -14,25 +14,24 @@ no line yet, from the stages in `OUT/work`.
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import orjson
 import polars as pl
 import torch
 import typer
 from rich.console import Console
 
-from onesearch.arrays import write_atomically
 from onesearch.bundle import SCHEMA_VERSION, Bundle, HeldOut, Manifest, open_bundle, open_parts, read_held_out
 from onesearch.command import run
-from onesearch.errors import BundleError, ConfigError, DataError, DecodeError, DivergedError
+from onesearch.errors import BundleError, ConfigError, DecodeError, DivergedError
 from onesearch.model import OneSearchModel, open_model
 from onesearch.sid import Codes
 from training.grades import read_grades
 from training.keywords import mine_keywords
+from training.ledger import CURRENT, LEDGER, Row, alone, read_ledger, write_ledger
 from training.metrics import Estimate, paired
 from training.microbatch import Log, Mix, StreamConfig, mix
 from training.package import update_identifiers, write_bundle
@@ -45,43 +44,7 @@ from training.subject import sample
 from training.tables import Tables, load_tables
 from training.train import train
 
-CURRENT, LEDGER = "current", "ledger.jsonl"
 _console = Console(stderr=True)
-
-
-@dataclass(frozen=True)
-class Row:
-    """A line of the ledger: what became of the page views with start < time <= end.
-
-    published, and if not, the reason. bundle: the one to serve from here on, a path from the ledger's folder; the
-    versions are its. views: page views of the window; fresh and replayed: those learned from. numbers: of the window's
-    model on the probe, None if it could not be searched; found: HR@10 by request; gain: of HR@10 over the first line,
-    paired, with its 95 % interval.
-    """
-
-    window: int
-    start: int
-    end: int
-    published: bool
-    reason: str
-    bundle: str
-    model_version: str
-    catalog_version: str
-    views: int = 0
-    fresh: int = 0
-    replayed: int = 0
-    new_items: int = 0
-    loss: dict[str, dict[str, float]] = field(default_factory=dict)
-    numbers: dict[str, float | None] | None = None
-    gain: tuple[float, float, float] | None = None
-    found: tuple[float, ...] = ()
-
-    def line(self) -> str:
-        """The row for people."""
-        fate = "published" if self.published else f"refused, {self.reason}"
-        seen = f"{self.views} page views, {self.fresh} + {self.replayed} old learned, {self.new_items} new items"
-        shown = ", ".join(f"{k} {v:.3f}" for k, v in (self.numbers or {}).items() if v is not None)
-        return f"window {self.window}: {seen}; {shown}; {fate}"
 
 
 @dataclass(frozen=True)
@@ -216,7 +179,7 @@ class Stream:
 def follow(config: StreamConfig, bundle: Path, data: Path, out: Path, windows: int | None = None) -> list[Row]:
     """Do every whole window that the tables hold, at most `windows`; returns the ledger. Raises OneSearchError.
 
-    A ledger that began with another bundle is refused.
+    A ledger that began with another bundle is refused, and a folder in which another process is at work.
     """
     torch.set_num_threads(config.threads)
     tables, first = load_tables(data), open_bundle(bundle.resolve(), graphs=False)
@@ -226,45 +189,18 @@ def follow(config: StreamConfig, bundle: Path, data: Path, out: Path, windows: i
     probe = sample(held_out, config.probe, config.seed)
     inputs = {"tables": fingerprint(data), "config": asdict(config)}
     stream = Stream(config, tables, Log.of(tables, held_out), probe, data, out, inputs)
-    rows = read_ledger(out / LEDGER)
-    if not rows:
-        rows = [stream.first(first)]
-        _write(out, rows)
-    elif (rows[0].model_version, rows[0].catalog_version) != _versions(first):
-        raise ConfigError(f"{out / LEDGER}: began with model {rows[0].model_version}, not with {bundle}")
-    _point(out, rows[-1])
-    count = (stream.log.views[-1].time - rows[-1].end) // config.window
-    for _ in range(max(0, count if windows is None else min(count, windows))):
-        row = stream.window(rows)
-        rows.append(row)
-        _write(out, rows)
-        _point(out, row)
-        shutil.rmtree(out / "work", ignore_errors=True)
-        _console.print(row.line(), markup=False, highlight=False)
+    with alone(out):
+        rows = read_ledger(out) or [stream.first(first)]
+        if (rows[0].model_version, rows[0].catalog_version) != _versions(first):
+            raise ConfigError(f"{out / LEDGER}: began with model {rows[0].model_version}, not with {bundle}")
+        write_ledger(out, rows)
+        count = (stream.log.views[-1].time - rows[-1].end) // config.window
+        for _ in range(max(0, count if windows is None else min(count, windows))):
+            rows.append(stream.window(rows))
+            write_ledger(out, rows)
+            shutil.rmtree(out / "work", ignore_errors=True)
+            _console.print(rows[-1].line(), markup=False, highlight=False, soft_wrap=True)
     return rows
-
-
-def read_ledger(path: Path) -> list[Row]:
-    """Rows of a ledger, none if there is no file. Raises DataError naming the line."""
-    rows: list[Row] = []
-    for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else (), 1):
-        try:
-            rows.append(Row(**orjson.loads(line)))
-        except (orjson.JSONDecodeError, TypeError) as error:
-            raise DataError(str(path), [f"line {number}: {error}, expected what this command wrote"]) from error
-    return rows
-
-
-def _write(out: Path, rows: Sequence[Row]) -> None:
-    write_atomically(out / LEDGER, b"".join(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE) for row in rows))
-
-
-def _point(out: Path, row: Row) -> None:
-    """Let `current` lead to the bundle of a row: the old one or the new one, never nothing."""
-    fresh = out / f".{CURRENT}"
-    fresh.unlink(missing_ok=True)
-    fresh.symlink_to(row.bundle)
-    fresh.replace(out / CURRENT)
 
 
 def _versions(bundle: Bundle) -> tuple[str, str]:
@@ -287,7 +223,7 @@ def _main(
     started = time.monotonic()
     try:
         config: StreamConfig = read_toml(StreamConfig, recipe) if recipe else StreamConfig()
-        before = len(read_ledger(out / LEDGER) or [None])
+        before = len(read_ledger(out) or [None])
         rows = follow(config, bundle, data, out, windows)
     except KeyboardInterrupt as error:
         _console.print("stream: interrupted; run the same command again to continue")
@@ -301,6 +237,7 @@ def _main(
         f"{gain.value:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]; {seconds:.0f} s",
         markup=False,
         highlight=False,
+        soft_wrap=True,
     )
 
 
