@@ -111,7 +111,7 @@ class BeamSearch {
     waiting_.clear();
     if (done()) return;
     candidates_.fetch(level_, beams_);
-    hits_.resize(std::max(hits_.size(), candidates_.most()));
+    hits_.resize(std::max(hits_.size(), candidates_.most() + 15));
     softmax_.resize(beams_.size());
     best_.reset(last() ? options_.top_n : options_.width);
     for (std::uint32_t b = 0; b < beams_.size(); ++b) {
@@ -177,7 +177,10 @@ class BeamSearch {
     std::array<const float*, kRowsAtOnce> at;
     std::array<ExpSum, kRowsAtOnce> sums;
     const std::size_t count = std::min(kRowsAtOnce, rows.size());
-    for (std::size_t i = 0; i < count; ++i) at[i] = logits + rows[i] * row_size();
+    for (std::size_t i = 0; i < count; ++i) {
+      at[i] = logits + rows[i] * row_size();
+      candidates_.prefetch(asked_[rows[i]]);
+    }
     if (options_.legal) {  // collect() adds up the legal children; here only to see what is not finite
       for (std::size_t i = 0; i < count; ++i) sums[i] = {0.0, double{kernels_.max_finite(at[i], row_size())}};
     } else {
@@ -249,12 +252,11 @@ class BeamSearch {
     return legal;
   }
 
-  // Positions in `values` that may still reach the floor. Rounding the bar down by one float keeps the filter safe:
-  // that step is far wider than the rounding of the double arithmetic behind it.
+  // Positions in `values` that may still reach the floor. The bar is a float lower than it need be, which is far more
+  // than the double arithmetic behind it is off.
   std::span<const std::uint32_t> hits(std::uint32_t b, std::span<const float> values) {
     const double lowest = best_.lowest_score() - softmax_[b].base + softmax_[b].shift;
-    const float bar = std::nextafter(static_cast<float>(lowest), -std::numeric_limits<float>::infinity());
-    return {hits_.data(), kernels_.at_least(values.data(), values.size(), bar, hits_.data())};
+    return {hits_.data(), kernels_.at_least(values.data(), values.size(), float_below(lowest), hits_.data())};
   }
 
   // Never above the parent's, also where the sum is rounded: `ask_more` relies on it.
@@ -263,16 +265,21 @@ class BeamSearch {
   }
 
   // Make the chosen candidates the new beams. Beams and places are both in code order, so parents are found by a
-  // merge.
+  // merge. Children are written in place: to copy one would wait for the stores that have just made it.
   void follow(const float* logits) {
     const std::vector<Key>& keys = best_.finish();
-    next_beams_.clear();
-    next_beams_.reserve(keys.size());
+    next_beams_.resize(keys.size());
+    Beam* next = next_beams_.data();
     std::uint32_t b = 0, row = 0;
     for (const Key key : keys) {
       for (; place_of(key) >= candidates_.end(b); ++b) row += !beams_[b].settled;
       const Beam& parent = beams_[b];
-      Beam child{parent.codes, parent.score, candidates_.at(b, place_of(key)), row, parent.settled};
+      Beam& child = *next++;
+      child.codes = parent.codes;
+      child.score = parent.score;
+      child.nodes = candidates_.at(b, place_of(key));
+      child.parent = row;
+      child.settled = parent.settled;
       const Code code = child.codes[level_] = layers_.code(level_, child.nodes);
       if (last()) {  // its logits may be gone, and nobody needs more than a float any more
         child.score = score_of(key);
@@ -280,7 +287,6 @@ class BeamSearch {
         child.score = score(b, logits[row * row_size() + code]);
         child.settled = options_.legal && layers_.is_chain(level_ + 1, child.nodes);
       }
-      next_beams_.push_back(child);
     }
     beams_.swap(next_beams_);
     kept_.push_back(beams_.size());

@@ -24,7 +24,6 @@ class Candidates {
   template <class Beam>
   void fetch(std::uint32_t t, const std::vector<Beam>& beams) {
     level_ = t;
-    const Level& level = layers_.level(t);
     children_.resize(beams.size());
     first_place_.resize(beams.size() + 1);
     alone_.clear();
@@ -33,7 +32,6 @@ class Candidates {
     for (std::uint32_t b = 0; b < beams.size(); ++b) {
       const EdgeRange range = layers_.base_children(t, beams[b].nodes);
       children_[b] = {range.begin, range.size(), {}, {}};
-      __builtin_prefetch(level.codes + range.begin);
       if (beams[b].nodes.added == kNone) continue;
       added_.push_back({b, alone_.size(), shared_.size()});
       layers_.add_children(t, beams[b].nodes, alone_, shared_);
@@ -61,6 +59,12 @@ class Candidates {
     const Children& children = children_[b];
     return first_place_[b] +
            (child.base == kNone ? children.alone[0].position : children.place(child.base - children.begin));
+  }
+
+  // Makes ready to collect them soon.
+  void prefetch(std::uint32_t b) const {
+    const Code* const codes = layers_.level(level_).codes + children_[b].begin;
+    for (std::uint32_t i = 0; i < children_[b].size; i += 64 / sizeof(Code)) __builtin_prefetch(codes + i);
   }
 
   // Legal children of a beam, given the logits of the whole codebook.

@@ -166,7 +166,7 @@ void fuzz_kernels(Random& random, const sid::Kernels& kernels) {
     return sums[0].log_sum;
   };
   require(kernels.count(x.data(), x.size(), -30.0f) == sid::portable::count(x.data(), x.size(), -30.0f), "counts agree");
-  std::vector<std::uint32_t> hits(x.size()), expected(x.size());
+  std::vector<std::uint32_t> hits(x.size() + 15), expected(x.size());
   hits.resize(kernels.at_least(x.data(), x.size(), -30.0f, hits.data()));
   expected.resize(sid::portable::at_least(x.data(), x.size(), -30.0f, expected.data()));
   require(hits == expected, "hits agree");

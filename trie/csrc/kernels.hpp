@@ -28,7 +28,7 @@ struct Kernels {
   void (*exp_sums)(const float* const* rows, std::size_t count, std::size_t n, ExpSum* out);
   // How many x[i] >= bar.
   std::size_t (*count)(const float* x, std::size_t n, float bar);
-  // Positions with x[i] >= bar, ascending, written to out (room for n); returns how many.
+  // Positions with x[i] >= bar, ascending, written to out (room for n + 15); returns how many.
   std::size_t (*at_least)(const float* x, std::size_t n, float bar, std::uint32_t* out);
   // Bit k of out: whether any bit of the k-th segment of `bits` is set. Segments end where `ends` has a bit. Both have
   // `words` words; out is zeroed and has room.

@@ -26,6 +26,9 @@ inline float unordered(std::uint32_t x) {
   return std::bit_cast<float>(x & 0x80000000u ? x & 0x7FFFFFFFu : ~x);
 }
 
+// A float below x by more than one rounding; std::nextafter is a call.
+inline float float_below(double x) { return static_cast<float>(x - 2e-7 * std::abs(x) - 1e-44); }
+
 inline Key make_key(double score, std::uint32_t place) {
   return (static_cast<Key>(ordered(static_cast<float>(score) + 0.0f)) << 32) | static_cast<std::uint32_t>(~place);
 }
@@ -49,8 +52,7 @@ class BestKeys {
   std::size_t capacity() const { return capacity_; }
   // Promises that as many candidates as there are places score at least this.
   void raise(double score) {
-    const float below = std::nextafter(static_cast<float>(score), -std::numeric_limits<float>::infinity());
-    lowest_ = std::max(lowest_, double{below});
+    lowest_ = std::max(lowest_, double{float_below(score)});
   }
   // Lowest double whose float rounding can still reach the floor.
   double lowest_score() const { return lowest_; }
