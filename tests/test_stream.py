@@ -63,7 +63,7 @@ THINGS = ("shoes", "bag", "lamp", "towel", "mug", "rug", "chair", "desk", "scarf
 TRAINED, WINDOW = 10_000, 1000  # the time of the last training page view, and a window of the stream
 OPEN = GateConfig(hr=1.0, valid=1.0, ndcg=1.0, kl=1e9)
 STAGES = (DpoStage("prefer", 4, batch=8, lr=1e-3), TpmaStage("policy", 4, batch=4, group=4, lr=1e-3))
-CONFIG = StreamConfig(threads=1, window=WINDOW, delay=500, probe=30, stages=STAGES, gate=OPEN)
+CONFIG = StreamConfig(threads=1, window=WINDOW, delay=500, probe=20, stages=STAGES, gate=OPEN)
 NEW = 900
 
 
@@ -168,7 +168,7 @@ def test_an_intervention_raises_the_share_of_exposure(trained: tuple[Path, pl.Da
     emerging = [
         item for item, thing in items().select("item_id", "category_level2_name").rows() if thing == "lamp"
     ]
-    stage = TpmaStage("policy", 30, batch=8, group=8, lr=3e-3, constrained=True, w_item=3.0)
+    stage = TpmaStage("policy", 20, batch=8, group=8, lr=3e-3, constrained=True, w_item=3.0)
     shares = []
     for bonus in (0.0, 2.0, 10.0):
         table = tmp_path / f"{bonus}.jsonl"
@@ -190,7 +190,7 @@ def test_replay_bounds_what_the_probe_forgets(
     monkeypatch.setattr(microbatch, "MIN_REPLAY", 0.0)
     rows = {}
     for share in (0.0, 0.3, 0.7):
-        stages = (DpoStage("prefer", 40, batch=16, lr=3e-3),)
+        stages = (DpoStage("prefer", 30, batch=16, lr=3e-3),)
         out = tmp_path / f"out-{share}"
         rows[share] = follow(replace(CONFIG, replay=share, stages=stages), bundle, data, out)[-1]
     kept = [row.numbers["hr"] for row in rows.values() if row.numbers]
@@ -248,7 +248,7 @@ def test_the_gate_refuses_a_wrecked_model_and_nothing_changes(
 ) -> None:
     bundle, past = trained
     data = shop(tmp_path, past, recall(range(10_100, 13_001, 25), 6000, "train"))
-    config = replace(CONFIG, gate=GateConfig(hr=0.3, valid=1.0, ndcg=1.0, kl=1e9))
+    config = replace(CONFIG, stages=STAGES[:1], gate=GateConfig(hr=0.3, valid=1.0, ndcg=1.0, kl=1e9))
     good = follow(config, bundle, data, tmp_path / "out", windows=1)[-1]
     assert good.published, good.reason
     served = contents(tmp_path / "out" / "0001")
