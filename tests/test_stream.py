@@ -159,6 +159,7 @@ def test_a_new_item_is_found_one_window_later_by_the_frozen_tokenizer(
     assert len(frozen) >= 5 and {name: after[name] for name in frozen} == {name: before[name] for name in frozen}
     assert after["weights.safetensors"] != before["weights.safetensors"]
     assert opened.manifest.digest == open_bundle(bundle).manifest.digest
+    assert open_bundle(bundle).manifest.metrics["until"] == TRAINED and opened.manifest.metrics["until"] == 12_000
     assert (tmp_path / "out" / CURRENT).readlink() == Path("0002") and contents(bundle) == before
 
 

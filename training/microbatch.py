@@ -27,14 +27,14 @@ class StreamConfig:
     """
 
     seed: int = 1
-    threads: int = 2
+    threads: int = 1
     window: int = 86_400
     delay: int = 86_400
     replay: float = 0.5
     probe: int = 300
     stages: tuple[DpoStage | TpmaStage | GrpoStage, ...] = (
-        DpoStage("prefer", steps=20, batch=32, lr=3e-5),
-        TpmaStage("policy", steps=20, batch=16, lr=3e-5),
+        DpoStage("prefer", steps=10, batch=256, lr=3e-5),
+        TpmaStage("policy", steps=10, batch=64, lr=3e-5),
     )
     gate: GateConfig = field(default_factory=GateConfig)
 
