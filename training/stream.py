@@ -3,8 +3,9 @@
 The page views after the last one that the bundle has learned from are cut into windows of equal time. For each in
 turn: counters, keyword rules and relevance rules are made again from everything known by its end; new items get
 their SIDs by the frozen tokenizer, embedder and quantiser; the served model goes on through the stages with page
-views of the window and old ones; and what comes out is published if the gate lets it pass, else what was served
-stays and the window teaches by replay alone. An order is known once `delay` has passed since its page view, which then teaches a second time.
+views of the window and old ones; and what comes out is published if the gate lets it pass. Otherwise what was served
+stays, and the window teaches by replay alone. An order is known once `delay` has passed since its page view, which
+then teaches a second time.
 
 `OUT/0001`, … are the published bundles, `OUT/current` leads to the one to serve, and `OUT/ledger.jsonl` is the whole
 state: one line per finished window, the first for the bundle itself. A run that was killed repeats the window that has
