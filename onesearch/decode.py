@@ -89,12 +89,13 @@ def beam_search(step: StepFn, trie: AnyTrie, config: BeamConfig, mask: AnyMask |
     or shape or with any value that is not finite; ValueError for a mask of another trie.
     """
     beam = trie.beam(config.width, config.top_n, legal=config.score == "legal", mask=mask, chunk=config.early_stop)
-    while beam.level < trie.levels:
-        level = beam.level
+    sizes = trie.sizes
+    while (level := beam.level) < len(sizes):
+        shape = (beam.rows, sizes[level])
         if beam.rows:
-            logits = _checked(step(beam.codes(), beam.parents()), (beam.rows, trie.sizes[level]), level)
+            logits = _checked(step(beam.codes(), beam.parents()), shape, level)
         else:
-            logits = np.empty((0, trie.sizes[level]), dtype=np.float32)
+            logits = np.empty(shape, dtype=np.float32)
         try:
             beam.advance(logits)
         except ValueError as error:
