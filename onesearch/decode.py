@@ -47,8 +47,11 @@ class BeamConfig:
             raise ConfigError(f"beam score: {self.score!r} is not one of {', '.join(get_args(Score))}")
 
     def in_quarters(self) -> "BeamConfig":
-        """The same search with the `early_stop` that pays on a CPU: a quarter of the beams a call."""
-        return replace(self, early_stop=self.width // 4)
+        """The same search with the `early_stop` that pays on a CPU: a quarter of the beams a call.
+
+        None when as many results as beams are wanted: few beams hold that many, so that it would not stop.
+        """
+        return replace(self, early_stop=self.width // 4 if self.top_n < self.width else 0)
 
 
 @dataclass(frozen=True)

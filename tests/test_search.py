@@ -115,6 +115,8 @@ def test_a_search_asks_the_last_level_in_quarters_of_the_beam(bundle: Bundle) ->
     page = searcher.search(SearchContext("blue bag"), SearchOptions(limit=2, width=16))
     last = [rows for rows, level in asked if level == 4]
     assert last and set(last) == {4} and sum(last) < 16
+    searcher.search(SearchContext("blue bag"), SearchOptions(limit=16, width=16))  # it could not stop early
+    assert asked[-1] == (16, 4)
     prompt, _ = searcher.render(SearchContext("blue bag"))
     whole = searcher.decode(prompt, BeamConfig(16, 2))
     assert asked[-1] == (16, 4)
