@@ -77,11 +77,18 @@ SID_AVX512 inline __m512d widened(__m512 v) {  // pairs of lanes, added in doubl
   return _mm512_add_pd(_mm512_cvtps_pd(_mm512_castps512_ps256(v)), _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1)));
 }
 
-// The lanes of a row's sum. Up to 34 terms are added as floats before they join the sum in double: ten roundings.
-SID_AVX512 [[gnu::always_inline]] inline __m512d sum_lanes(const float* x, std::size_t n) {
+enum class About { kZero, kMax };
+
+// The lanes of Σ exp(x[i]), or Σ exp(x[i] - max). Up to 34 terms are added as floats before they join the sum in double:
+// ten roundings.
+template <About about>
+SID_AVX512 [[gnu::always_inline]] inline __m512d sum_lanes(const float* x, std::size_t n, float max = 0.0f) {
   const __m512 zero = _mm512_setzero_ps();
   __m512 v[4], e[4] = {zero, zero, zero, zero};
   __m512d sum = _mm512_setzero_pd();
+  const auto move = [&]() SID_AVX512 {
+    for (auto& each : v) each = _mm512_max_ps(_mm512_sub_ps(each, _mm512_set1_ps(max)), _mm512_set1_ps(kFloor));
+  };
   const auto join = [&]() SID_AVX512 {
     sum = _mm512_add_pd(sum, widened(_mm512_add_ps(_mm512_add_ps(e[0], e[1]), _mm512_add_ps(e[2], e[3]))));
   };
@@ -92,6 +99,7 @@ SID_AVX512 [[gnu::always_inline]] inline __m512d sum_lanes(const float* x, std::
         _mm_prefetch(reinterpret_cast<const char*>(x + i + 16 * j) + kPage, _MM_HINT_T0);
         v[j] = _mm512_loadu_ps(x + i + 16 * j);
       }
+      if constexpr (about == About::kMax) move();
       add_terms(v, e);
     }
     join();
@@ -103,6 +111,7 @@ SID_AVX512 [[gnu::always_inline]] inline __m512d sum_lanes(const float* x, std::
       here[j] = i + 16 * j < n ? lanes(n - i - 16 * j) : 0;
       v[j] = _mm512_maskz_loadu_ps(here[j], x + i + 16 * j);
     }
+    if constexpr (about == About::kMax) move();
     add_terms(v, e);
     for (std::size_t j = 0; j < 4; ++j) e[j] = _mm512_maskz_mov_ps(here[j], e[j]);
     join();
@@ -120,6 +129,10 @@ SID_AVX512 inline __m512d log_of(__m512d x) {
   return _mm512_fmadd_pd(exponent, _mm512_set1_pd(0.69314718055994531), _mm512_mul_pd(p, t));
 }
 
+SID_AVX512 inline double sum_exp(const float* x, std::size_t n, float max) {
+  return _mm512_reduce_add_pd(sum_lanes<About::kMax>(x, n, max));
+}
+
 // Without a shift where the sum allows it, which is the rule; else about the maximum. Lanes of all rows are added up at
 // the end, so that no row waits for that of the one before.
 SID_AVX512 inline void exp_sums(const float* const* rows, std::size_t count, std::size_t n, ExpSum* out) {
@@ -128,12 +141,12 @@ SID_AVX512 inline void exp_sums(const float* const* rows, std::size_t count, std
   if (n < kShort) return avx2::exp_sums(rows, count, n, out);
   __m512d sum[kRowsAtOnce];
   alignas(64) std::array<double, kRowsAtOnce> sums{}, logs;
-  for (std::size_t r = 0; r < count; ++r) sum[r] = sum_lanes(rows[r], n);
+  for (std::size_t r = 0; r < count; ++r) sum[r] = sum_lanes<About::kZero>(rows[r], n);
   for (std::size_t r = 0; r < count; ++r) sums[r] = _mm512_reduce_add_pd(sum[r]);
   _mm512_store_pd(logs.data(), log_of(_mm512_load_pd(sums.data())));
   for (std::size_t r = 0; r < count; ++r)
     out[r] = sums[r] >= kLeast && sums[r] <= kMost ? ExpSum{0.0, logs[r]}
-                                                   : exp_sum_with(max_finite, avx2::sum_exp, rows[r], n);
+                                                   : exp_sum_with(max_finite, sum_exp, rows[r], n);
 }
 
 SID_AVX512 inline std::size_t count(const float* x, std::size_t n, float bar) {
