@@ -122,7 +122,7 @@ class Stream:
         )
 
     def _items(self, served: Bundle, end: int) -> pl.DataFrame:
-        """The catalog at a time: what is served and what has been published since; a row as the tables have it now."""
+        """The catalog at a time: items of the tables, as they are now, that are served or published by then."""
         published = pl.col("published_at").is_null() | (pl.col("published_at") <= end)
         return self.tables.items.filter(published | pl.col("item_id").is_in(served.catalog.item_ids))
 
