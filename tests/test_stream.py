@@ -299,7 +299,7 @@ def test_a_killed_stream_ends_with_the_same_bundle(trained: tuple[Path, pl.DataF
     recipe.write_text(
         "threads = 1\nwindow = 1000\ndelay = 500\nprobe = 30\ngate = { hr = 1.0, valid = 1.0, ndcg = 1.0, kl = 1e9 }\n"
         '[[stages]]\nname = "prefer"\nkind = "dpo"\nsteps = 4\nbatch = 8\nlr = 1e-3\n'
-        '[[stages]]\nname = "policy"\nkind = "tpma"\nsteps = 60\nbatch = 2\ngroup = 2\nlr = 1e-4\n'
+        '[[stages]]\nname = "policy"\nkind = "tpma"\nsteps = 20\nbatch = 2\ngroup = 2\nlr = 1e-4\n'
     )
     out = tmp_path / "out"
     command = [sys.executable, "-m", "training.stream", str(bundle), "--data", str(data), "--out", str(out)]
