@@ -48,6 +48,17 @@ class Bm25:
         best = top_rows(scores, count)
         return best[scores[best] > 0]
 
+    def scores_at(self, query: str, rows: Rows) -> npt.NDArray[np.float32]:
+        """Scores of some rows, int64 [n] without repeats, float32 [n]; costs the postings of the query's words."""
+        postings, scores = self._index.scores, np.zeros(len(rows), dtype=np.float32)
+        for word in words(query):
+            if word in self._index.vocab_dict:
+                token = self._index.vocab_dict[word]
+                span = slice(postings["indptr"][token], postings["indptr"][token + 1])
+                _, found, at = np.intersect1d(rows, postings["indices"][span], return_indices=True)
+                scores[found] += postings["data"][span][at]
+        return scores
+
 
 class CategoryPopularity:
     """Items of the query's category by clicks in the training logs; it knows the user as little as BM25 does.

@@ -2,8 +2,9 @@
 
 Each row starts at one item and takes words that a buyer of it might type: the product type (a phrase that titles or
 descriptions of several brands share, so that a notebook described as a laptop is found by either name), the brand
-alone, brand or attribute with the type, a model number, or some words of the title. Its clicked items are a sample of
-all items that satisfy those words. Drawing by item makes broad types recur, as in real logs.
+alone, brand or attribute with the type, a model number, any one word, or some words of the title. Its clicked items are a sample of
+all items that satisfy those words, likelier the better BM25 ranks them: what is shown first is clicked first, and a
+shop without logs has shown what a lexical search ranks first. Drawing by item makes broad types recur, as in real logs.
 """
 
 import math
@@ -25,20 +26,22 @@ import typer
 from onesearch.command import run
 from onesearch.errors import ConfigError, DataError
 from onesearch.text import normalise
+from training.baselines import Bm25
 from training.columns import UNKNOWN
 from training.progress import track
 from training.tables import Tables, frame, load_tables, table_format, write_tables
 
 MAX_TARGETS = 20
 PER_ITEM = 2  # pseudo-queries for each item, unless told otherwise
-KINDS = ("type", "maker", "brand", "attribute", "model", "title")
-SHARES = (0.38, 0.04, 0.15, 0.17, 0.10, 0.16)
+KINDS = ("type", "maker", "brand", "attribute", "model", "word", "title")
+SHARES = (0.34, 0.04, 0.13, 0.15, 0.10, 0.10, 0.14)
 DESCRIBED_WORDS = 12  # of a description: these name the product
 DESCRIBED_LATER = 1  # plain words by which a description is behind a title
 TYPO_SHARE, PLURAL_SHARE = 0.04, 0.12
 SPLITS = (("test", 0.05), ("valid", 0.10))  # upper bounds of a query's place in 0..1; the rest is train
 MIN_PHRASE_ITEMS, MIN_PHRASE_BRANDS, MAX_PHRASE_SHARE = 4, 2, 0.5
 NOUN_FOLLOWS = 20  # more than the plain words of a title
+LEXICAL_WEIGHT = 2.0  # log-odds of a click for one unit of BM25
 DESCRIPTION = "description"
 # Others are short.
 STOP_WORDS = frozenset(("and", "the", "for", "from", "with", "per", "set", "pack", "pcs", "inch"))
@@ -107,6 +110,7 @@ class _Catalog:
 
     def __init__(self, items: list[_Item]) -> None:
         self._items = items
+        self._bm25 = Bm25([" ".join((item.brand, *item.title, *item.described)) for item in items])
         self._modifiers = _modifiers(items)
         self._postings: dict[str, set[int]] = defaultdict(set)
         self._phrases: dict[Phrase, dict[int, int]] = defaultdict(dict)  # phrase → item → lateness, see _find_runs
@@ -155,6 +159,10 @@ class _Catalog:
             return _make((item.brand, model) if item.brand and rng.random() < 0.5 else (model,))
         if kind == "maker" and item.brand:
             return _make((item.brand,))
+        common = [w for w in (*item.title, *item.described) if self._is_common(_stem(w))]
+        if kind == "word" and common:
+            word = _one(common, rng)
+            return _make((word,), (_stem(word),))
         found = self._type(index, rng)
         if found is None or (kind == "title" and len(item.title) > 2):
             return _make(_some_words(item, rng)) if item.title else None
@@ -165,6 +173,9 @@ class _Catalog:
         elif kind == "attribute" and values:
             words = (*_one(values, rng), *words)
         return _make(words, phrase)
+
+    def _is_common(self, stem: str) -> bool:
+        return _plain(stem) and len(self._postings[stem]) >= MIN_PHRASE_ITEMS
 
     def _type(self, index: int, rng: np.random.Generator) -> tuple[Phrase, Phrase] | None:
         """A type phrase of the item as (surface words, stems); early and long ones are likelier, labels likeliest."""
@@ -194,7 +205,8 @@ class _Catalog:
         strict = found & late.keys()
         items = sorted(strict if len(strict) > 1 else found)
         lateness = np.array([late.get(i, NOUN_FOLLOWS) for i in items])
-        return np.array(items), np.log(0.02 + np.exp(-lateness / 2))
+        lexical = self._bm25.scores_at(query.text, np.array(items))
+        return np.array(items), np.log(0.02 + np.exp(-lateness / 2)) + LEXICAL_WEIGHT * lexical
 
 
 def _modifiers(items: list[_Item]) -> set[str]:
