@@ -6,6 +6,7 @@ import pytest
 
 from onesearch.text import words
 from training.baselines import Bm25, CategoryPopularity, item_text
+from training.metrics import top_rows
 
 TEXTS = ["red shoes", "red red running shoes for men", "blue bag", "red bag", "red bag"]
 
@@ -47,6 +48,16 @@ def test_bm25_ranks_only_items_that_share_a_word():
     assert Bm25(TEXTS).top("red", 2).tolist() == [0, 3]
     assert Bm25(TEXTS).top("unheard of", 10).tolist() == []
     assert Bm25(TEXTS).top("", 10).tolist() == []
+
+
+def test_scores_at_rows_are_those_that_the_ranking_goes_by() -> None:
+    index = Bm25(TEXTS)
+    for query in ("red bag", "blue", "unheard of red", ""):
+        rows = np.arange(len(TEXTS))
+        scores = index.scores_at(query, rows)
+        best = top_rows(scores, len(TEXTS))
+        assert index.top(query, 10).tolist() == best[scores[best] > 0].tolist()
+        assert np.array_equal(index.scores_at(query, rows[::-2]), scores[::-2])
 
 
 def test_bm25_finds_items_better_than_chance():

@@ -52,6 +52,27 @@ def test_head_queries_are_product_types_shared_by_brands() -> None:
     assert not set(head) & set(COLOURS)
 
 
+def test_any_word_that_items_share_is_typed_alone() -> None:
+    """`keyboard` may be an attribute value and so no product type; people type it all the same."""
+    typed = set(bootstrap(catalog(), seed=0)["query"])
+    assert {"bottle", "lamp", "black", "fine"} <= typed
+
+
+def test_what_bm25_ranks_first_is_clicked_first() -> None:
+    said = ["neat"] * 40 + ["that comes along in a bundle of many more rather useful things"] * 40
+    first = 1_000 + 240  # the gadgets' ids; the short ones come before the wordy ones
+    items, gadgets = catalog(240), catalog(320)[240:]
+    gadgets = gadgets.with_columns(
+        pl.lit("Acme gadget alpha").alias("item_title"),
+        pl.Series("attributes", [f'{{"description":"{words}"}}' for words in said]),
+    )
+    recall = bootstrap(pl.concat([items, gadgets]), seed=0)
+    asked = recall.filter(pl.col("query").str.contains("^(acme )?(gadget|alpha|gadget alpha)$"))
+    clicked = asked["clicked_item_ids"].explode()
+    assert len(clicked) > 200 and (clicked >= first).all()
+    assert (clicked < first + 40).mean() > 0.65
+
+
 def test_held_out_queries_are_disjoint_from_training_queries_up_to_plural_and_order() -> None:
     recall = bootstrap(catalog(), seed=0)
     words = {

@@ -2,9 +2,10 @@
 
 Each row starts at one item and takes words that a buyer of it might type: the product type (a phrase that titles or
 descriptions of several brands share, so that a notebook described as a laptop is found by either name), the brand
-alone, brand or attribute with the type, a model number, any one word, or some words of the title. Its clicked items are a sample of
-all items that satisfy those words, likelier the better BM25 ranks them: what is shown first is clicked first, and a
-shop without logs has shown what a lexical search ranks first. Drawing by item makes broad types recur, as in real logs.
+alone, brand or attribute with the type, a model number, any one word, or some words of the title. Its clicked items
+are a sample of all items that satisfy those words, likelier the better BM25 ranks them: what is shown first is clicked
+first, and a shop without logs has shown what a lexical search ranks first. Drawing by item makes broad types recur, as
+in real logs.
 """
 
 import math
