@@ -17,12 +17,12 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -35,7 +35,7 @@ from onesearch.bundle import Bundle, open_bundle
 from onesearch.hardware import hardware
 from onesearch.model import TorchDecoder, open_model
 from onesearch.search import Searcher, SearchOptions
-from onesearch.sequence import SequenceConfig
+from onesearch.sequence import SequenceConfig, UidMode
 from training.codebooks import CodebookConfig
 from training.embedder import EmbedderConfig
 from training.logged import Units, clicked_units, query_slices
@@ -63,13 +63,18 @@ _STEPS = {"align": 120, "cooccur": 80, "search": 500, "prefer": 40}
 
 @dataclass(frozen=True)
 class Row:
-    """One system: its stages, and whether its prompts show keywords when it is measured. tables: of the paper."""
+    """One system: its stages, and whether its prompts show keywords when it is measured. tables: of the paper.
+
+    prompt and data: what its recipe says differently under [sequence] and [data].
+    """
 
     name: str
     label: str
     stages: tuple[Stage, ...]
     tables: tuple[str, ...]
     served: bool = False
+    prompt: Mapping[str, Any] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=dict)
 
 
 def rows() -> dict[str, Row]:
@@ -78,8 +83,19 @@ def rows() -> dict[str, Row]:
     search = _search
     sdft: dict[str, Any] = {"alpha_r": 0.5, "epsilon": 0.2, "gamma": 3.0}
     full = (*cot, _distil(2, **sdft))
+    v1 = (*plain, search())
+    user = ("user",)
     found = [
-        Row("v1", "V1 baseline", (*plain, search()), ("3", "5", "6", "8")),
+        Row("v1", "V1 baseline", v1, ("3", "5", "6", "8", "user")),
+        Row(
+            "no_history", "no recent queries and items", v1, user, prompt={"recent_queries": 0, "recent_items": 0}
+        ),
+        *(
+            Row(f"uid_{mode}", f"+ user id, {mode}", v1, user, prompt={"uid": mode, "max_ids": 96})
+            for mode in get_args(UidMode)
+            if mode != "off"
+        ),
+        Row("cold_default", "+ history of the query for users without", v1, user, data={"cold_default": True}),
         Row("cot", "+ CoT tasks", (*cot, search()), ("3", "4", "5", "8")),
         Row("cot_x2", "+ CoT tasks, 2x steps (control)", (*cot, search(steps=2)), ("controls",)),
         Row("cot_x4", "+ CoT tasks, 4x steps (control)", (*cot, search(steps=4)), ("controls",)),
@@ -103,6 +119,12 @@ def rows() -> dict[str, Row]:
         Row("sd_fgm", "+ SD + R-Drop + FGM", (*cot, _distil(alpha_r=0.5, epsilon=0.2)), ("5",)),
         Row("sdft", "+ SD + R-Drop + FGM + focal (full SDFT)", full, ("5",)),
         Row("focal", "CoT + focal only", (*cot, _distil(mode="off", kw_mix=0.0, gamma=3.0)), ("5",)),
+        Row(
+            "focal_balanced",
+            "CoT + class-balanced focal only",
+            (*cot, _distil(mode="off", kw_mix=0.0, gamma=3.0, class_balance=0.999)),
+            ("5",),
+        ),
         Row("rdrop", "CoT + R-Drop only", (*cot, _distil(mode="off", kw_mix=0.0, alpha_r=0.5)), ("5",)),
         Row("joint", "joint distillation", (*cot, _distil(mode="joint", kw_mix=0.0)), ("8",)),
         Row("ema", "EMA teacher", (*cot, _distil(mode="ema", ema_decay=0.99)), ("8",)),
@@ -150,11 +172,13 @@ def recipe_of(row: Row, seed: int) -> Recipe:
         seed=seed,
         threads=1,
         golden_examples=2,
-        data=DataConfig(anonymous_share=0.1, keywords="oracle"),
+        data=DataConfig(anonymous_share=0.1, keywords="oracle", **row.data),
         tokenizer=TokenizerConfig(vocab_size=2_000),
         embedder=EmbedderConfig(buckets=8_192, svd_dim=64, dim=32, temperature=0.07, epochs=1),
         codebooks=CodebookConfig(sizes=(32, 16, 16, 32, 32)),
-        sequence=SequenceConfig(max_ids=80, recent_queries=2, recent_items=4, keywords=5),
+        sequence=SequenceConfig(
+            **{"max_ids": 80, "recent_queries": 2, "recent_items": 4, "keywords": 5, **row.prompt}
+        ),
         model=ModelShape(d_model=64, encoder_layers=1, decoder_layers=2, heads=4, ffn=256),
         stages=row.stages,
     )

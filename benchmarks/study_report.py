@@ -27,6 +27,7 @@ TITLES = {
     "6": "Table 6: preference alignment",
     "7": "Table 7: teacher and student side",
     "8": "Table 8: ways to internalise reasoning",
+    "user": "The user in the prompt: history, user id, cold users",
     "controls": "Controls: the plain loss with more steps",
 }
 
