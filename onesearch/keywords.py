@@ -17,6 +17,7 @@ import ahocorasick
 import orjson
 
 from onesearch.errors import BundleError
+from onesearch.negation import negated, violates
 from onesearch.text import WORD, normalise
 
 KEYWORD_TYPES = (
@@ -38,11 +39,16 @@ class KeywordRules:
     words: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def match(self, query: str) -> tuple[str, ...]:
-        """At most MAX_KEYWORDS keywords of a query: its seeds, dictionary phrases it contains, words of categories."""
+        """At most MAX_KEYWORDS keywords of a query: its seeds, dictionary phrases it contains, words of categories.
+
+        None of them names what the query excludes.
+        """
         text = normalise(query)
         found = [*self.seeds.get(text, ()), *(phrase for phrase, _ in self.spans(text))]
         words = [word for phrase in found for word in self.words.get(phrase, ())]
-        return tuple(dict.fromkeys([*found, *words]))[:MAX_KEYWORDS]
+        excluded = negated(text)
+        kept = (phrase for phrase in [*found, *words] if not violates(phrase, excluded))
+        return tuple(dict.fromkeys(kept))[:MAX_KEYWORDS]
 
     def spans(self, text: str) -> list[tuple[str, tuple[int, int]]]:
         """Phrases of the dictionary in normalised text with their character spans, longest leftmost first."""

@@ -14,12 +14,12 @@ from typing import Protocol
 from onesearch.errors import ProviderError
 from onesearch.keywords import MAX_KEYWORDS, KeywordRules
 from onesearch.llm import LlmClient
+from onesearch.negation import HAN, negated, violates
 from onesearch.taqu_prompts import NOT_EXTRACTABLE, SYSTEM, Language, analysis, calibration, extraction
 from onesearch.text import normalise, words
 
 MAX_PERSONAL = 5
 MAX_HAN, MAX_CHARS, MAX_WORDS = 10, 40, 5
-_HAN = re.compile(r"[\u3400-\u9fff]")
 _SEPARATORS = re.compile(r"[,，、;；\n]+")
 _NUMBERING = re.compile(r"^\s*(?:[-*•]|\d+\s*[.)、：:])\s*")
 # Phrases that praise and sell but describe nothing; a keyword that holds one is dropped.
@@ -27,10 +27,6 @@ _FORBIDDEN = (
     *("free shipping", "best seller", "bestseller", "hot sale", "on sale", "discount", "cheap", "top rated"),
     *("official", "genuine", "new arrival", "limited offer", "must have", "high quality"),
     *("包邮", "爆款", "热卖", "特价", "正品", "官方", "旗舰店", "新款", "促销", "优惠", "限时", "网红", "高品质"),
-)
-_NEGATION = re.compile(
-    r"\b(?:no|not|non|without|except|excluding|minus|anything but)[\s-]+(?:(?:a|an|the|any|too|in|with)\s+)*"
-    r"([^\W\d_\u3400-\u9fff]+)|(\w+)[\s-]free\b|(?:不要|不含|不带|不是|不想要|没有|除了|不加|无|非|别)\s*([\u3400-\u9fff]{1,2})"
 )
 
 
@@ -118,25 +114,14 @@ def valid(keywords: Iterable[str], query: str, limit: int) -> tuple[str, ...]:
     """
     excluded = negated(query)
     texts = (normalise(keyword).strip(" .。\"'“”‘’「」[]()（）") for keyword in keywords)
-    kept = (text for text in texts if _is_keyword(text) and not _violates(text, excluded))
+    kept = (text for text in texts if _is_keyword(text) and not violates(text, excluded))
     return tuple(dict.fromkeys(kept))[:limit]
-
-
-def negated(query: str) -> frozenset[str]:
-    """What a query excludes, by its first word or first two Han characters: "lamp not red" → red, 不要高领 → 高领."""
-    return frozenset("".join(match.groups("")) for match in _NEGATION.finditer(normalise(query)))
 
 
 def _is_keyword(text: str) -> bool:
     parts = words(text)
     if not parts or any(phrase in text for phrase in _FORBIDDEN):
         return False
-    if _HAN.search(text):
+    if HAN.search(text):
         return len(text.replace(" ", "")) <= MAX_HAN
     return len(text) <= MAX_CHARS and len(parts) <= MAX_WORDS
-
-
-def _violates(keyword: str, excluded: frozenset[str]) -> bool:
-    """Whether a keyword names something excluded; one that excludes it, too ("sugar free"), does not."""
-    own, parts = negated(keyword), set(words(keyword))
-    return any((term in keyword if _HAN.search(term) else term in parts) for term in excluded - own)

@@ -9,7 +9,9 @@ _BLANKS = dict.fromkeys([*range(32), 127, *b"<>"], " ")
 # A word is a run of letters and digits, or one character of a script written without spaces.
 WORD = re.compile(r"[぀-ヿ㐀-䶿一-鿿가-힯]|[^\W_぀-ヿ㐀-䶿一-鿿가-힯]+")
 
-STOP_WORDS = frozenset(("a", "an", "and", "by", "for", "from", "in", "of", "on", "or", "the", "to", "with"))
+STOP_WORDS = frozenset(
+    ("a", "an", "and", "by", "for", "from", "in", "no", "not", "of", "on", "or", "the", "to", "with", "without")
+)
 
 
 def normalise(text: str) -> str:

@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from onesearch.errors import ProviderError
-from onesearch.taqu import MAX_CHARS, MAX_HAN, keywords_of, negated, valid
+from onesearch.negation import negated
+from onesearch.taqu import MAX_CHARS, MAX_HAN, keywords_of, valid
 
 
 @pytest.mark.parametrize(
