@@ -55,9 +55,15 @@ class WordIndex:
     def faults(self, rows: int) -> list[str]:
         """What is wrong with an index of so many rows; bounds only, the contents are the checksum's business."""
         starts = self.word_starts
+        for name, kind in zip(ARRAYS, ("uint64", "int64", "uint32"), strict=True):
+            array = getattr(self, name)
+            if array.ndim != 1 or array.dtype != kind:
+                return [f"{name}.npy: is {array.dtype} {array.shape}, expected {kind} of one dimension"]
         if len(starts) != len(self.words) + 1 or int(starts[0]) != 0 or int(starts[-1]) != len(self.word_rows):
             return [f"word_starts.npy: does not divide word_rows.npy among {len(self.words)} words"]
-        if (starts[1:] < starts[:-1]).any() or (self.word_rows >= rows).any():
+        if (starts[1:] < starts[:-1]).any() or (self.words[1:] <= self.words[:-1]).any():
+            return ["words.npy, word_starts.npy: not ascending"]
+        if (self.word_rows >= rows).any():
             return [f"word_rows.npy: names rows beyond the {rows} of the catalog"]
         return []
 

@@ -149,15 +149,17 @@ def test_all_damaged_files_are_listed_at_once(tmp_path: Path) -> None:
     write(tmp_path)
     (tmp_path / "price.npy").unlink()
     (tmp_path / "brand.npy").write_bytes(b"\x93NUMPY garbage")
+    (tmp_path / "words.npy").unlink()
     with pytest.raises(BundleError) as caught:
         Catalog(tmp_path)
-    assert {fault.split(":")[0] for fault in caught.value.faults} == {"price.npy", "brand.npy"}
+    assert {fault.split(":")[0] for fault in caught.value.faults} == {"price.npy", "brand.npy", "words.npy"}
 
 
 def test_rows_that_do_not_match_are_a_fault(tmp_path: Path) -> None:
     write(tmp_path)
     np.save(tmp_path / "price.npy", np.zeros(3, dtype=np.float32))
     (tmp_path / "items.bin").write_bytes(b"{}")
+    np.save(tmp_path / "word_rows.npy", np.full(1, 7, dtype=np.uint32))
     with pytest.raises(BundleError) as caught:
         Catalog(tmp_path)
-    assert len(caught.value.faults) == 2
+    assert len(caught.value.faults) == 3

@@ -31,7 +31,10 @@ def test_damaged_arrays_are_reported() -> None:
         "does not divide": replace(index, word_starts=index.word_starts[:-1]),
         "does not divide word_rows": replace(index, word_rows=index.word_rows[:-1]),
         "beyond the 2": replace(index, word_rows=index.word_rows + 2),
-        "word_rows.npy: names rows": replace(index, word_starts=np.asarray([0, 9, 3])),
+        "not ascending": replace(index, word_starts=np.asarray([0, 9, 3])),
+        "words.npy, word_starts.npy": replace(index, words=index.words[::-1]),
+        "words.npy: is float64": replace(index, words=index.words.astype(float)),
+        "word_starts.npy: is int64 (1, 3)": replace(index, word_starts=index.word_starts[None]),
     }
     for message, damaged in with_fault.items():
         (fault,) = damaged.faults(2)
