@@ -100,6 +100,12 @@ def rows() -> dict[str, Row]:
         Row("cot_x2", "+ CoT tasks, 2x steps (control)", (*cot, search(steps=2)), ("controls",)),
         Row("cot_x4", "+ CoT tasks, 4x steps (control)", (*cot, search(steps=4)), ("controls",)),
         Row(
+            "cot_x4_aligned",
+            "+ CoT tasks, 4x steps + PARS + TPMA-GRPO",
+            (*cot, search(steps=4), _dpo(), _policy(TpmaStage)),
+            ("controls",),
+        ),
+        Row(
             "rag",
             "+ RAG (served keywords in training and prompt)",
             (*cot, search("search_served")),
