@@ -84,7 +84,8 @@ def test_facets_change_nothing_of_the_answer_and_never_count_more_than_the_beam(
         assert counted.facets is not None
         assert len(counted.rows) <= counted.facets.candidates <= max(width, limit)
         assert counted.rows.tolist() == plain.rows.tolist()
-        assert counted.scores.tolist() == plain.scores.tolist()
+        # The last level is asked in one call instead of quarters, whose products may round otherwise.
+        np.testing.assert_allclose(counted.scores, plain.scores, rtol=1e-6)
 
 
 def test_at_most_so_many_names_are_told_and_nothing_has_no_facets(tmp_path: Path) -> None:
