@@ -17,7 +17,7 @@ import ahocorasick
 import orjson
 
 from onesearch.errors import BundleError
-from onesearch.negation import negated, violates
+from onesearch.negation import permitted
 from onesearch.text import WORD, normalise
 
 KEYWORD_TYPES = (
@@ -46,9 +46,7 @@ class KeywordRules:
         text = normalise(query)
         found = [*self.seeds.get(text, ()), *(phrase for phrase, _ in self.spans(text))]
         words = [word for phrase in found for word in self.words.get(phrase, ())]
-        excluded = negated(text)
-        kept = (phrase for phrase in [*found, *words] if not violates(phrase, excluded))
-        return tuple(dict.fromkeys(kept))[:MAX_KEYWORDS]
+        return tuple(dict.fromkeys(permitted([*found, *words], text)))[:MAX_KEYWORDS]
 
     def spans(self, text: str) -> list[tuple[str, tuple[int, int]]]:
         """Phrases of the dictionary in normalised text with their character spans, longest leftmost first."""

@@ -1,6 +1,7 @@
 """What a query excludes: no keyword may name it (spec §4.6.6)."""
 
 import re
+from collections.abc import Iterable
 
 from onesearch.text import normalise, words
 
@@ -16,7 +17,13 @@ def negated(query: str) -> frozenset[str]:
     return frozenset("".join(match.groups("")) for match in _NEGATION.finditer(normalise(query)))
 
 
-def violates(keyword: str, excluded: frozenset[str]) -> bool:
+def permitted(keywords: Iterable[str], query: str) -> list[str]:
+    """The keywords that name nothing the query excludes, in their order."""
+    excluded = negated(query)
+    return [keyword for keyword in keywords if not (excluded and _violates(keyword, excluded))]
+
+
+def _violates(keyword: str, excluded: frozenset[str]) -> bool:
     """Whether a keyword names something excluded; one that excludes it, too ("sugar free"), does not."""
     own, parts = negated(keyword), set(words(keyword))
     return any((term in keyword if HAN.search(term) else term in parts) for term in excluded - own)

@@ -20,7 +20,7 @@ from onesearch.decode import BeamConfig, BeamResult, Score, StepFn, beam_search
 from onesearch.errors import DeadlineError
 from onesearch.facets import Facets, count_facets
 from onesearch.live import LiveCatalog, Popularity, Selection, Snapshot
-from onesearch.negation import negated, violates
+from onesearch.negation import permitted
 from onesearch.runtime import Decoder
 from onesearch.sequence import Prompt
 from onesearch.sid import Codes
@@ -135,7 +135,10 @@ class Searcher:
             prompt, query_sid = self.render(context, catalog)
         with clock.stage("mask"):
             selection = catalog.select(options.filters)
-            matching = catalog.select_words(_wanted(context.query), options.filters) if options.match else None
+            matching = None
+            if options.match:
+                wanted_words = permitted(content_words(context.query), context.query)
+                matching = catalog.select_words(wanted_words, options.filters)
         width = max(options.width, options.limit)
         wanted = width if options.facets else options.limit
         config = BeamConfig(width, wanted, options.score).in_quarters()
@@ -195,12 +198,6 @@ class Searcher:
             step = self._decoder.start(prompt)
         with clock.stage("decode"):
             return beam_search(clock.timely(step), trie, config, mask)
-
-
-def _wanted(query: str) -> list[str]:
-    """The words of a query that its items should hold: none that it excludes."""
-    excluded = negated(query)
-    return [word for word in content_words(query) if not violates(word, excluded)]
 
 
 def golden_example(searcher: Searcher, context: SearchContext, width: int = 512) -> GoldenExample:

@@ -14,7 +14,7 @@ from typing import Protocol
 from onesearch.errors import ProviderError
 from onesearch.keywords import MAX_KEYWORDS, KeywordRules
 from onesearch.llm import LlmClient
-from onesearch.negation import HAN, negated, violates
+from onesearch.negation import HAN, permitted
 from onesearch.taqu_prompts import NOT_EXTRACTABLE, SYSTEM, Language, analysis, calibration, extraction
 from onesearch.text import normalise, words
 
@@ -112,10 +112,8 @@ def valid(keywords: Iterable[str], query: str, limit: int) -> tuple[str, ...]:
 
     Dropped: too long, without a letter or digit, marketing, and whatever names something that the query excludes.
     """
-    excluded = negated(query)
     texts = (normalise(keyword).strip(" .。\"'“”‘’「」[]()（）") for keyword in keywords)
-    kept = (text for text in texts if _is_keyword(text) and not violates(text, excluded))
-    return tuple(dict.fromkeys(kept))[:limit]
+    return tuple(dict.fromkeys(permitted(filter(_is_keyword, texts), query)))[:limit]
 
 
 def _is_keyword(text: str) -> bool:

@@ -69,8 +69,9 @@ class WordIndex:
 
     def rows(self, word: str) -> npt.NDArray[np.uint32]:
         """Rows that hold a word, ascending, uint32 [n]."""
-        at = int(np.searchsorted(self.words, np.uint64(_hash(word))))
-        if at == len(self.words) or int(self.words[at]) != _hash(word):
+        name = np.uint64(_hash(word))
+        at = int(np.searchsorted(self.words, name))
+        if at == len(self.words) or self.words[at] != name:
             return self.word_rows[:0]
         return self.word_rows[self.word_starts[at] : self.word_starts[at + 1]]
 

@@ -160,10 +160,11 @@ class _Catalog:
             return _make((item.brand, model) if item.brand and rng.random() < 0.5 else (model,))
         if kind == "maker" and item.brand:
             return _make((item.brand,))
-        common = [w for w in (*item.title, *item.described) if self._is_common(_stem(w))]
-        if kind == "word" and common:
-            word = _one(common, rng)
-            return _make((word,), (_stem(word),))
+        if kind == "word":
+            common = [word for word in (*item.title, *item.described) if self._is_common(_stem(word))]
+            if common:
+                word = _one(common, rng)
+                return _make((word,), (_stem(word),))
         found = self._type(index, rng)
         if found is None or (kind == "title" and len(item.title) > 2):
             return _make(_some_words(item, rng)) if item.title else None

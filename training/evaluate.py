@@ -162,12 +162,7 @@ def _evaluate(
         "catalog_version": bundle.manifest.catalog_version,
         "decoder": "torch" if bundle.graphs is None else "onnxruntime",
         "threads": threads,
-        "beam": {
-            "width": options.width,
-            "score": options.score,
-            "keywords": options.keywords,
-            "match": options.match,
-        },
+        "beam": {name: getattr(options, name) for name in ("width", "score", "keywords", "match")},
         "seed": seed,
         "hardware": hardware(),
         "items": len(live),

@@ -69,7 +69,7 @@ def write_identifiers(folder: Path, parts: Identifiers) -> None:
     if parts.defaults:
         defaults = orjson.dumps(dict(parts.defaults), option=orjson.OPT_SORT_KEYS)
         write_atomically(folder / DEFAULTS, defaults)
-    _write_items(folder, parts.items, parts.item_sids, parts.popularity, parts.codebooks.sizes)
+    _write_items(folder, catalog_items(parts.items), parts.item_sids, parts.popularity, parts.codebooks.sizes)
 
 
 def update_identifiers(
@@ -91,7 +91,8 @@ def update_identifiers(
         elif part.exists():
             shutil.copyfile(part, folder / part.name)
     keywords.save(folder / "keywords.json")
-    _write_items(folder, items, _sids(bundle, catalog_items(items)), popularity, bundle.trie.sizes)
+    listed = catalog_items(items)
+    _write_items(folder, listed, _sids(bundle, listed), popularity, bundle.trie.sizes)
 
 
 def _sids(bundle: Bundle, items: Sequence[Item]) -> Codes:
@@ -109,10 +110,9 @@ def _sids(bundle: Bundle, items: Sequence[Item]) -> Codes:
 
 
 def _write_items(
-    folder: Path, rows: pl.DataFrame, sids: Codes, popularity: Mapping[int, float], sizes: Sequence[int]
+    folder: Path, items: Sequence[Item], sids: Codes, popularity: Mapping[int, float], sizes: Sequence[int]
 ) -> None:
     """Items and the trie of their SIDs."""
-    items = catalog_items(rows)
     rates = np.asarray([popularity.get(item.item_id, 0.0) for item in items], dtype=np.float32)
     (folder / "items").mkdir()
     write_catalog(folder / "items", items, sids, rates)

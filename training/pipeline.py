@@ -58,8 +58,8 @@ class Work:
 
     def folder(self, stage: str, inputs: Mapping[str, Any]) -> Path:
         """Where the result of a stage with these inputs belongs."""
-        versions = {"version": __version__, "schema": SCHEMA_VERSION}
-        text = orjson.dumps({**versions, **inputs}, option=orjson.OPT_SORT_KEYS)
+        named = {"version": __version__, "schema": SCHEMA_VERSION, **inputs}
+        text = orjson.dumps(named, option=orjson.OPT_SORT_KEYS)
         return self.root / f"{stage}-{hashlib.sha256(text).hexdigest()[:16]}"
 
 
