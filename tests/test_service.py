@@ -120,7 +120,8 @@ def test_facets_count_the_candidates_and_only_on_demand(running: Running) -> Non
 
 def test_explain_tells_what_was_searched_and_only_on_demand(running: Running) -> None:
     assert "explain" not in running.search("shoes")
-    explained = running.search("shoes", explain=True, filters={"brand": "fleet"})["explain"]
+    control = {"X-OneSearch-Variant": "control"}
+    explained = running.search("shoes", control, explain=True, filters={"brand": "fleet"})["explain"]
     assert explained["query_sid"] == [0] * 5
     assert explained["eligible"] == 2
     assert explained["matched"] == 0
