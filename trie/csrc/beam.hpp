@@ -47,8 +47,11 @@ class BeamSearch {
 
   // Prefixes of the rows: out is [rows, level].
   void write_rows(Code* out) const {
-    for (std::uint32_t t = 0; t < level_; ++t)  // a few bytes of each row: a copy of every row is a call
-      for (std::size_t r = 0; r < asked_.size(); ++r) out[r * level_ + t] = beams_[asked_[r]].codes[t];
+    std::size_t r = 0, at = 0;
+    const std::size_t room = rows() * std::size_t{level_};
+    for (; at + kMaxLevels <= room; ++r, at += level_)  // of a fixed length, so no call; the next row covers the rest
+      std::memcpy(out + at, beams_[asked_[r]].codes.data(), kMaxLevels * sizeof(Code));
+    for (; r < rows(); ++r, at += level_) std::copy_n(beams_[asked_[r]].codes.begin(), level_, out + at);
   }
 
   // Row of each row's parent among those of the previous level: out is [rows].

@@ -41,7 +41,9 @@ inline int highest_bit(Wide x) {
                               std::to_string(codes[i]) + ", expected 0.." + std::to_string(sizes[i % depth] - 1));
 }
 
-constexpr std::uint32_t kDigit = 8;  // as many places written to as the nearest cache and page table hold
+// Bits of a digit: of all keys, as many places written to as the nearest cache and page table hold; within a bucket,
+// which is in that cache, fewer passes pay.
+constexpr std::uint32_t kDigit = 8, kInnerDigit = 10;
 constexpr std::size_t kBuckets = std::size_t{1} << kDigit;
 
 // Keys in buckets, in order of the highest bits of their first codes.
@@ -77,19 +79,20 @@ Buckets<Key> pack(std::span<const Code> codes, std::span<const std::uint32_t> si
 template <class Key>
 void radix_sort(std::span<Key> keys, Key* scratch, std::uint32_t bits) {
   if (keys.size() < kBuckets) return std::sort(keys.begin(), keys.end());
-  const std::uint32_t passes = (bits + kDigit - 1) / kDigit;
+  constexpr std::size_t kPlaces = std::size_t{1} << kInnerDigit;
+  const std::uint32_t passes = (bits + kInnerDigit - 1) / kInnerDigit;
   const auto digit = [](Key key, std::uint32_t pass) {
-    return static_cast<std::size_t>(key >> (pass * kDigit)) & (kBuckets - 1);
+    return static_cast<std::size_t>(key >> (pass * kInnerDigit)) & (kPlaces - 1);
   };
-  std::array<std::uint32_t, 16 * kBuckets> counts;
-  std::fill_n(counts.begin(), passes * kBuckets, 0u);
+  std::array<std::uint32_t, (128 / kInnerDigit + 1) * kPlaces> counts;
+  std::fill_n(counts.begin(), passes * kPlaces, 0u);
   for (const Key key : keys)
-    for (std::uint32_t pass = 0; pass < passes; ++pass) ++counts[pass * kBuckets + digit(key, pass)];
+    for (std::uint32_t pass = 0; pass < passes; ++pass) ++counts[pass * kPlaces + digit(key, pass)];
   Key* from = keys.data();
   Key* to = scratch;
   for (std::uint32_t pass = 0; pass < passes; ++pass) {
-    std::uint32_t* const position = counts.data() + pass * kBuckets;
-    std::exclusive_scan(position, position + kBuckets, position, 0u);
+    std::uint32_t* const position = counts.data() + pass * kPlaces;
+    std::exclusive_scan(position, position + kPlaces, position, 0u);
     for (std::size_t i = 0; i < keys.size(); ++i) to[position[digit(from[i], pass)]++] = from[i];
     std::swap(from, to);
   }

@@ -159,7 +159,7 @@ void fuzz_kernels(Random& random, const sid::Kernels& kernels) {
   kernels.exp_sums(rows.data(), many, x.size(), sums.data());
   for (const sid::ExpSum& exp : std::span{sums}.first(many)) {
     const double scaled = std::exp(exp.log_sum + exp.shift - static_cast<double>(max));
-    require(std::abs(scaled - exact) <= 1e-6 * exact, "sums are accurate");
+    require(std::abs(scaled - exact) <= 2e-6 * exact, "sums are accurate");
   }
   const auto log_sum_of = [&] {
     kernels.exp_sums(rows.data(), 1, x.size(), sums.data());

@@ -24,7 +24,7 @@ struct Kernels {
   // Largest of x[0 … n), or NaN when any of them is not finite. n > 0.
   float (*max_finite)(const float* x, std::size_t n);
   // Of up to kRowsAtOnce rows of n > 0 values, with a shift that keeps the sum within the range of a double,
-  // to 1e-6; log_sum is NaN when any value is not finite. A row's result depends on nothing but the row.
+  // to 2e-6; log_sum is NaN when any value is not finite. A row's result depends on nothing but the row.
   void (*exp_sums)(const float* const* rows, std::size_t count, std::size_t n, ExpSum* out);
   // How many x[i] >= bar.
   std::size_t (*count)(const float* x, std::size_t n, float bar);

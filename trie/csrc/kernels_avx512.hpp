@@ -39,18 +39,18 @@ SID_AVX512 inline float max_finite(const float* x, std::size_t n) {
   return _mm512_reduce_max_ps(max[0]);
 }
 
-// exp(x) in base 2: x log2(e) = i / 32 + f with |f| <= 1/64, and 2^f = kUnit ((f + kOffset)^2 + kRest) to 1.3e-7: every
-// quadratic has this form, one multiplication cheaper, and kOffset is the multiple of 1/32 that suits this one best.
-// 2^(i / 32) kUnit is a table's value times a power of two. log2(e) as a float adds |x| 1.3e-8.
-constexpr float kGrid = kRound / 32;  // adding it leaves round(32 x) in the low mantissa bits
-constexpr float kOffset = 46.0f / 32, kRest = 2.08126f;
-constexpr double kUnit = 0.24109942;
+// exp(x) in base 2: x log2(e) = i / 16 + f with |f| <= 1/32, and 2^f = kUnit ((f + kOffset)^2 + kRest) to 6.8e-7: every
+// quadratic has this form, one multiplication cheaper, and kOffset is the multiple of 1/16 that suits this one best.
+// 2^(i / 16) kUnit is a table's value times a power of two. log2(e) as a float adds |x| 1.3e-8.
+constexpr float kGrid = kRound / 16;  // adding it leaves round(16 x) in the low mantissa bits
+constexpr float kOffset = 23.0f / 16, kRest = 2.081034f;
+constexpr double kUnit = 0.24111252;
 
-// Of i modulo 32, less the power floor(i / 32 - kOffset).
-alignas(64) inline const std::array<float, 32> kPowers = [] {
-  std::array<float, 32> powers{};
-  for (std::size_t i = 0; i < 32; ++i) {
-    const double exponent = static_cast<double>(i) / 32;
+// Of i modulo 16, less the power floor(i / 16 - kOffset).
+alignas(64) inline const std::array<float, 16> kPowers = [] {
+  std::array<float, 16> powers{};
+  for (std::size_t i = 0; i < powers.size(); ++i) {
+    const double exponent = static_cast<double>(i) / 16;
     powers[i] = static_cast<float>(kUnit * std::exp2(exponent - std::floor(exponent - double{kOffset})));
   }
   return powers;
@@ -63,12 +63,12 @@ constexpr std::size_t kPage = 4096;  // processors do not fetch ahead across pag
 SID_AVX512 inline void add_terms(const __m512 (&x)[4], __m512 (&sum)[4]) {
   const __m512 scale = _mm512_set1_ps(kLog2e), grid = _mm512_set1_ps(kGrid), rest = _mm512_set1_ps(kRest);
   const __m512 back = _mm512_set1_ps(kGrid + kOffset);
-  const __m512 low = _mm512_load_ps(kPowers.data()), high = _mm512_load_ps(kPowers.data() + 16);
+  const __m512 powers = _mm512_load_ps(kPowers.data());
   for (std::size_t j = 0; j < 4; ++j) {
     const __m512 on_grid = _mm512_fmadd_ps(x[j], scale, grid);
-    const __m512 exponent = _mm512_sub_ps(on_grid, back);  // i / 32 - kOffset
+    const __m512 exponent = _mm512_sub_ps(on_grid, back);  // i / 16 - kOffset
     const __m512 f = _mm512_fmsub_ps(x[j], scale, exponent);
-    const __m512 power = _mm512_permutex2var_ps(low, _mm512_castps_si512(on_grid), high);
+    const __m512 power = _mm512_permutexvar_ps(_mm512_castps_si512(on_grid), powers);
     sum[j] = _mm512_fmadd_ps(_mm512_fmadd_ps(f, f, rest), _mm512_scalef_ps(power, exponent), sum[j]);
   }
 }
