@@ -17,9 +17,9 @@ from onesearch.progress import Meter, track
 from service.events import Event, Exposure, period, read_entries
 from service.journal import JOURNAL, Journal
 from service.log_export import Log, item_rows, numbered, read_searches, recall_rows, user_rows
+from service.log_tables import ITEMS, RECALL, USERS, read_rows, write_tables
 from service.settings import Settings, load_settings
 from service.store import open_store
-from service.tables import ITEMS, RECALL, USERS, read_rows, write_tables
 
 _SHOWN_EVERY = 1000  # entries
 app = typer.Typer(no_args_is_help=True, add_completion=False, context_settings=HELP)

@@ -29,7 +29,7 @@ from onesearch.errors import DataError
 from onesearch.live import Change
 from service.attribution import attribute
 from service.events import Event, Exposure
-from service.tables import Row
+from service.log_tables import Row
 
 VALID_SHARE, TEST_SHARE = 0.03, 0.07  # of the page views, as in the simulated marketplace; test are the last ones
 NOBODY = 0
@@ -132,8 +132,9 @@ def recall_rows(
             if _is_logged(row):
                 times.append(row["time_index"])
         elif row["time_index"] != int(search.at):
-            fault = f"session_id: {row['session_id']}, expected no other page view than the log's of this id"
-            raise DataError("recall", [fault])
+            here, logged = row["time_index"], int(search.at)
+            fault = f"session_id: {row['session_id']} is a page view of time {here}, and of {logged} in the log"
+            raise DataError("recall", [f"{fault}; expected one of each id"])
     starts = split_starts(sorted(times))
     for row in earlier():
         if row["session_id"] not in sessions:
