@@ -1,22 +1,24 @@
 """`onesearch-log export`, with both stores: training accepts the tables and sees what serving saw; the loop closes."""
 
 import asyncio
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import orjson
 import pytest
 from command_line import Ran, invoke
 from pydantic import SecretStr
 from redis import Redis
 from service_fakes import FIRST_ID, TITLES, FakeRunner, fake_deployment, fake_engine
 from starlette.testclient import TestClient
-from tiny_bundle import tiny_items, write_tiny_bundle
+from tiny_bundle import tiny_items
 
 from model_export.cli import export_onnx
-from onesearch.bundle import open_bundle
+from onesearch.bundle import MANIFEST, open_bundle
 from onesearch.command import REFUSED
 from service import log
 from service.app import create_app
@@ -252,10 +254,15 @@ def test_training_sees_what_serving_saw(tmp_path: Path, state: str, monkeypatch:
     assert load_tables(tmp_path / "out").items["item_title"].to_list()[-1] == "Running mug"
 
 
-def test_a_service_learns_from_its_own_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_service_learns_from_its_own_log(
+    exported: tuple[Path, Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Serve, log, export, learn, publish, serve again: the item that was added while serving is in the bundle."""
-    bundle, _ = write_tiny_bundle(tmp_path, metrics={UNTIL: T - 400 * DAY})
-    export_onnx(bundle, "fp32", lambda step: None)
+    bundle = tmp_path / "bundle"
+    shutil.copytree(exported[0], bundle)
+    manifest = orjson.loads((bundle / MANIFEST).read_bytes())
+    manifest["metrics"][UNTIL] = T - 400 * DAY
+    (bundle / MANIFEST).write_bytes(orjson.dumps(manifest))
     settings = Settings(
         state=f"sqlite:{tmp_path / 'state.sqlite3'}",
         catalog=tmp_path / "catalog",

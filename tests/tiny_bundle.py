@@ -70,15 +70,13 @@ def write_tiny_identifiers(
     write_identifiers(folder, parts)
 
 
-def write_tiny_bundle(
-    folder: Path, backbone: str = "bart", metrics: Mapping[str, object] = MappingProxyType({})
-) -> tuple[Path, OneSearchModel]:
-    """Writes `folder/bundle` (not exported) and returns its path and model; metrics: what the manifest tells of it."""
+def write_tiny_bundle(folder: Path, backbone: str = "bart") -> tuple[Path, OneSearchModel]:
+    """Writes `folder/bundle` (not exported) and returns its path and model."""
     write_tiny_identifiers(folder / "identifiers")
     model = tiny_model(open_renderer(folder / "identifiers"), backbone=backbone)
     target = folder / "bundle"
     write_bundle(
-        folder / "identifiers", model, GOLDEN, HELD_OUT, target, {"name": "tiny", "variants": VARIANTS}, metrics
+        folder / "identifiers", model, GOLDEN, HELD_OUT, target, {"name": "tiny", "variants": VARIANTS}, {}
     )
     return target, model
 
