@@ -46,13 +46,16 @@ def export(
 ) -> None:
     """Write the tables of DATA and what the service has logged since as a new set of tables.
 
-    Every answered search becomes a row of recall, with its clicks, carts and orders until now: export again, and late
-    orders are in. A search that DATA has from an earlier export is not there twice. By time, the last page views are
-    test and those before them valid. Users get the profiles that the store has; items are those of DATA with all
-    changes made while serving. rank and relevance are copied.
+    Every answered search becomes a row of recall, with its clicks, carts and
+    orders until now: export again, and late orders are in. A search that DATA
+    has from an earlier export is not there twice. By time, the last page views
+    are test and those before them valid. Users get the profiles that the store
+    has; items are those of DATA with all changes made while serving. The tables
+    rank and relevance are copied.
 
-    Clicks on the last searches may be still to come: --until leaves these searches out. Users that were forgotten
-    (DELETE /v1/users) stay in the log until its retention ends, and in DATA.
+    Clicks on the last searches may be still to come: --until leaves these out.
+    Users that were forgotten (DELETE /v1/users) stay in the log until its
+    retention ends, and in DATA.
     """
     settings = load_settings(state=state, catalog=catalog)
     if out.exists():
