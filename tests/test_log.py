@@ -186,6 +186,27 @@ def test_nothing_is_overwritten_and_what_is_missing_is_told(tmp_path: Path) -> N
     assert [path.name for path in tmp_path.iterdir()] == ["shop"]
 
 
+def test_a_forgotten_user_is_gone_with_the_log(tmp_path: Path) -> None:
+    """Forgetting drops the profile at once; the searches go when the log lets go of them."""
+    state, data = f"sqlite:{tmp_path / 'state.sqlite3'}", shop(tmp_path)
+    fill(state, LOG[:2], {"ann": "24-30 F"})
+
+    async def forget() -> None:
+        store = open_store(Settings(state=state))
+        await store.users.forget("ann")
+        await store.close()
+
+    asyncio.run(forget())
+    assert export(tmp_path / "one", data, state).exit_code == 0
+    (view,) = page_views(load_tables(tmp_path / "one"))
+    assert (view.clicked, view.context.profile) == ((3,), "")
+    fill(state, [exposure("late", "42", 31 * DAY, (1,), "mug")], {})
+    assert export(tmp_path / "two", data, state).exit_code == 0
+    assert list(by_query(tmp_path / "two")) == ["mug"]
+    users = load_tables(tmp_path / "two").users
+    assert users is not None and users["user_id"].to_list() == [42, 43]
+
+
 class Shoppers:
     """People at a running service, whose clock is theirs: every search takes a second, and every event."""
 
@@ -290,6 +311,7 @@ def test_a_service_learns_from_its_own_log(
         T - 70 < first.start < T < first.end == second.start
     )  # more than a year without searches was passed over
     assert first.views + second.views > 40 and first.new_items == 1 and second.new_items == 0
+    assert (first.fresh, first.loss) == (0, {})  # there was nothing old to replay
     assert second.fresh > 10 and second.replayed >= second.fresh and second.loss.keys() == {"prefer", "policy"}
     assert first.published and second.published
 
