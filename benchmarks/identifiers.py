@@ -20,6 +20,7 @@ import numpy as np
 
 from onesearch.embedder import KeywordEmbedder, TextEmbedder
 from onesearch.hardware import hardware
+from onesearch.progress import StageMeters
 from onesearch.quantizer import Codebooks, Float32
 from onesearch.sid import RQ_LEVELS, Codes
 from training.codebooks import CodebookConfig, fit_codebooks
@@ -27,7 +28,6 @@ from training.embedder import fit_embedder
 from training.keywords import mine_keywords
 from training.package import catalog_items
 from training.pipeline import click_pairs
-from training.progress import StageMeters
 from training.recipe import load_recipe
 from training.sessions import page_views
 from training.sid_metrics import sid_report

@@ -34,6 +34,7 @@ from onesearch.arrays import write_atomically
 from onesearch.bundle import Bundle, open_bundle
 from onesearch.hardware import hardware
 from onesearch.model import TorchDecoder, open_model
+from onesearch.progress import track
 from onesearch.search import Searcher, SearchOptions
 from onesearch.sequence import SequenceConfig, UidMode
 from training.codebooks import CodebookConfig
@@ -43,7 +44,6 @@ from training.marketplace import simulate, write_truth
 from training.metrics import item_rank
 from training.oracle import oracle_keywords
 from training.pipeline import Work, train_bundle
-from training.progress import track
 from training.recipe import DataConfig, ModelShape, Recipe, TokenizerConfig
 from training.sessions import PageView, page_views
 from training.stages import DpoStage, GrpoStage, SdftStage, SftStage, TpmaStage

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +14,7 @@ from rich.table import Table
 
 from onesearch.command import HELP, start
 from service.ab_report import AbReport, analyse, collect
-from service.events import EventLog, Exposure, read_entries
+from service.events import EventLog, Exposure, period, read_entries
 from service.settings import load_settings
 from service.store import open_store
 from service.variants import read_experiment
@@ -52,7 +52,7 @@ def report(
             control,
             _expected(experiments, experiment, weights),
             experiment,
-            (_seconds(since, 0.0), _seconds(until, float("inf"))),
+            period(since, until),
         )
     )
     if plot is not None:
@@ -68,12 +68,12 @@ async def _report(
     control: str | None,
     weights: Mapping[str, float] | None,
     experiment: str | None,
-    period: tuple[float, float],
+    inside: tuple[float, float],
 ) -> AbReport:
     def group(exposure: Exposure) -> str | None:
         return exposure.variant if experiment is None else exposure.arms.get(experiment)
 
-    entries = [entry async for entry in read_entries(open_log()) if period[0] <= entry.at < period[1]]
+    entries = [entry async for entry in read_entries(open_log()) if inside[0] <= entry.at < inside[1]]
     return analyse(collect(entries, group), control, weights)
 
 
@@ -86,10 +86,6 @@ def _expected(path: Path | None, experiment: str | None, weights: str | None) ->
     if path is not None and experiment is not None:
         return read_experiment(path, experiment).arms
     return None
-
-
-def _seconds(moment: datetime | None, otherwise: float) -> float:
-    return otherwise if moment is None else moment.replace(tzinfo=UTC).timestamp()
 
 
 def _show(found: AbReport) -> None:

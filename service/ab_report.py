@@ -6,8 +6,8 @@ explain makes every other figure suspect.
 """
 
 import math
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ import pyarrow as pa
 import tea_tasting as tt
 
 from onesearch.errors import InputError
+from service.attribution import attribute
 from service.events import Event, Exposure
 
 SRM_ALARM = 0.001  # a sample ratio less likely than this is no accident
@@ -84,31 +85,28 @@ class AbReport:
 
 
 def collect(entries: Iterable[Exposure | Event], group: Callable[[Exposure], str | None]) -> Units:
-    """Units of log entries in time order. group names the variant or arm of an exposure, None leaves it out.
+    """Units of log entries. group names the variant or arm of an exposure, None leaves it out.
 
-    An event belongs to the search it names, else to its user's last search within a day that showed the item.
+    Events find their search by `attribute`, those that name none within a day.
     """
     units = Units()
-    by_request: dict[str, str] = {}
-    by_user: dict[str, list[Exposure]] = defaultdict(list)
+    searches: dict[str, Exposure] = {}
+    events: list[Event] = []
     for entry in entries:
-        if isinstance(entry, Exposure):
-            if entry.request_id in by_request:
-                continue  # the log may hold an exposure twice
+        if isinstance(entry, Event):
+            if entry.type != "impression":
+                events.append(entry)
+        elif entry.request_id not in searches:  # the log may hold an exposure twice
+            searches[entry.request_id] = entry
             _expose(units, entry, group)
-            by_request[entry.request_id] = entry.bucket
-            if entry.bucket and entry.user_id is not None:
-                by_user[entry.user_id].append(entry)
-            continue
-        named = by_request.get(entry.request_id or "")
-        bucket = _last_shown(by_user.get(entry.user_id, []), entry) if named is None else named
-        unit = units.by_bucket.get(bucket)
+    for event, search in attribute(searches, events, ATTRIBUTION_SECONDS):
+        unit = units.by_bucket.get(search.bucket) if search else None
         if unit is None:
-            units.stray += entry.type != "impression"
-        elif entry.type != "impression":
-            setattr(unit, f"{entry.type}s", getattr(unit, f"{entry.type}s") + 1)
-            if entry.type == "order":
-                unit.revenue += (entry.price or 0.0) * entry.quantity
+            units.stray += 1
+            continue
+        setattr(unit, f"{event.type}s", getattr(unit, f"{event.type}s") + 1)
+        if event.type == "order":
+            unit.revenue += (event.price or 0.0) * event.quantity
     return units
 
 
@@ -125,15 +123,6 @@ def _expose(units: Units, exposure: Exposure, group: Callable[[Exposure], str | 
         return
     unit.searches += 1
     unit.latency_ms += exposure.latency_ms
-
-
-def _last_shown(searches: Sequence[Exposure], event: Event) -> str:
-    for search in reversed(searches):
-        if event.at - search.at > ATTRIBUTION_SECONDS:
-            break
-        if event.item_id in search.items:
-            return search.bucket
-    return ""
 
 
 def analyse(units: Units, control: str | None, weights: Mapping[str, float] | None = None) -> AbReport:

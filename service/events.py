@@ -7,6 +7,7 @@ double it, and an event sent again under the same id changes nothing.
 
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Literal, NamedTuple, Protocol
 
 import orjson
@@ -117,3 +118,9 @@ async def read_entries(log: EventLog, batch: int = 5_000) -> AsyncIterator[Event
             raw = orjson.loads(entry.body)
             yield Event(**raw) if entry.kind == "event" else Exposure(**{**raw, "items": tuple(raw["items"])})
         position = found[-1].position
+
+
+def period(since: datetime | None, until: datetime | None) -> tuple[float, float]:
+    """Unix seconds of the first moment of a period and of the first one after it, both in UTC; None leaves it open."""
+    first = 0.0 if since is None else since.replace(tzinfo=UTC).timestamp()
+    return first, float("inf") if until is None else until.replace(tzinfo=UTC).timestamp()

@@ -17,7 +17,7 @@ from onesearch.catalog import Item
 from onesearch.errors import BundleError
 from onesearch.versions import list_versions, open_version, remove_versions
 from service.deployment import Engine
-from service.journal import Journal, JournalUnavailable
+from service.journal import JOURNAL, Journal, JournalUnavailable
 from service.telemetry import Metrics
 
 T = TypeVar("T")
@@ -30,7 +30,7 @@ class Items:
     def __init__(self, engines: Sequence[Engine], folder: Path, compact_after: int, metrics: Metrics) -> None:
         """Bring the engines to where the journal in `folder` ends. Raises ConfigError when it is not usable."""
         self._engines, self._compact_after, self._metrics = engines, compact_after, metrics
-        self._journal = Journal(folder / "journal.sqlite3")
+        self._journal = Journal(folder / JOURNAL)
         self._versions = folder / "versions"
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="items")
         self._compactor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compaction")

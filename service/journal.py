@@ -21,6 +21,7 @@ from onesearch.errors import ConfigError, OneSearchError
 from onesearch.live import Change
 
 T = TypeVar("T")
+JOURNAL = "journal.sqlite3"  # its name in the folder of a live catalog
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS journal (id TEXT NOT NULL);

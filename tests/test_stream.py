@@ -231,6 +231,30 @@ def test_an_order_teaches_once_its_delay_has_passed(trained: tuple[Path, pl.Data
     assert learned(12_000, 13_000) == []
 
 
+def test_windows_in_which_nothing_became_known_are_passed_over() -> None:
+    def begins(views: list[tuple[int, bool]], end: int) -> int | None:
+        columns = {
+            "user_id": [1] * len(views),
+            "session_id": list(range(len(views))),
+            "query": ["red shoes"] * len(views),
+            "time_index": [time for time, _ in views],
+            "impressed_item_ids": [[1]] * len(views),
+            "clicked_item_ids": [[1]] * len(views),
+            "purchased_item_ids": [[1] if ordered else [] for _, ordered in views],
+        }
+        return Log.of(Tables(items(), recall=frame("recall", columns)), []).begin(end, CONFIG)
+
+    late = (200_000, False)
+    assert begins([(10_000, False), late], 10_000) == 199_000  # a window holds its end, not its start
+    assert begins([(10_000, False), (99_001, False), late], 10_000) == 99_000
+    assert begins([(11_000, False), late], 10_000) == 10_000
+    assert begins([(11_001, False), late], 10_000) == 11_000
+    assert begins([(10_000, True), late], 10_000) == 10_000  # its order becomes known at 10,500
+    assert begins([(10_000, True), late], 10_500) is None  # the window would end at 200,500, the log does before
+    assert begins([(10_000, True), (200_500, False)], 10_500) == 199_500
+    assert begins([(10_000, False)], 10_000) is None
+
+
 def test_old_page_views_have_their_share_however_few_there_are(trained: tuple[Path, pl.DataFrame]) -> None:
     views = [replace(view, ordered=()) for view in page_views(Tables(items(), recall=trained[1]))[:200]]
     live = dict.fromkeys(range(1, 81))

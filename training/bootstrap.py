@@ -26,10 +26,10 @@ import typer
 
 from onesearch.command import run
 from onesearch.errors import ConfigError, DataError
+from onesearch.progress import track
 from onesearch.text import normalise
 from training.baselines import Bm25
 from training.columns import UNKNOWN
-from training.progress import track
 from training.tables import Tables, frame, load_tables, table_format, write_tables
 
 MAX_TARGETS = 20

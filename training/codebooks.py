@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from onesearch.errors import ConfigError
+from onesearch.progress import StageProgress
 from onesearch.quantizer import (
     Codebooks,
     Float32,
@@ -24,7 +25,6 @@ from onesearch.quantizer import (
     nearest_of_parent,
 )
 from onesearch.sid import OPQ_CODES, RQ_LEVELS, Codes, SidSpec
-from training.progress import StageProgress
 
 _POINTS_PER_CENTROID = 10_000
 _OPQ_POINTS = 200_000

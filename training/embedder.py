@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy, embedding_bag, normalize
 
 from onesearch.embedder import Float32, HashedEmbedder, Int64, hash_features
 from onesearch.errors import ConfigError
-from training.progress import StageProgress
+from onesearch.progress import StageProgress
 
 Csr = Any  # scipy.sparse.csr_matrix, which has no type stubs
 

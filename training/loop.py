@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from onesearch.arrays import write_atomically
 from onesearch.errors import DivergedError
+from onesearch.progress import Meter
 from training.batches import PlannedStep
 from training.objective import Objective
 from training.parallel import gather, rank, sum_values, wait
-from training.progress import Meter
 from training.stages import StageConfig
 
 _FLOOR = 0.1  # the cosine ends at this share of the learning rate

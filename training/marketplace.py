@@ -17,12 +17,12 @@ import typer
 from onesearch.arrays import write_atomically
 from onesearch.command import run
 from onesearch.errors import ConfigError
+from onesearch.progress import Meter
 from training.marketplace_log import Ceilings, Log, ceilings, simulate_log
 from training.marketplace_needs import SHARES, Need, build_needs
 from training.marketplace_tables import build_tables, truth_frames
 from training.marketplace_words import load_words, shrink
 from training.marketplace_world import World, build_world
-from training.progress import Meter
 from training.tables import Format, Tables, write_tables
 
 MIN_ITEMS, MIN_USERS, MIN_SESSIONS = 2_000, 10, 100

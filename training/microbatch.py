@@ -3,6 +3,7 @@
 import math
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 
 import numpy as np
 
@@ -87,6 +88,19 @@ class Log:
             for view in self.views
             if view.time <= now
         ]
+
+    def begin(self, end: int, config: StreamConfig) -> int | None:
+        """When the window begins in which something becomes known first: a page view after `end`, or an order.
+
+        Windows follow `end` without gaps; those before it are passed over, as between the training of a bundle and its
+        service. None when the log does not reach its end.
+        """
+        known = chain((view.time for view in self.views), (v.time + config.delay for v in self.views if v.ordered))
+        news = min((time for time in known if time > end), default=None)
+        if news is None:
+            return None
+        start = end + (news - end - 1) // config.window * config.window
+        return start if start + config.window <= self.views[-1].time else None
 
 
 def mix(known: Sequence[PageView], start: int, config: StreamConfig, live: Container[int], seed: int) -> Mix:

@@ -30,12 +30,12 @@ from onesearch.context import SearchContext
 from onesearch.embedder import TextEmbedder
 from onesearch.keywords import KeywordRules
 from onesearch.model import OneSearchModel, TorchDecoder
+from onesearch.progress import track
 from onesearch.quantizer import Codebooks
 from onesearch.search import Searcher, golden_example
 from onesearch.sequence import SequenceConfig
 from onesearch.sid import Codes
 from training.columns import UNKNOWN
-from training.progress import track
 from trie import SidTrie
 
 

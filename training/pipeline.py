@@ -25,6 +25,7 @@ from onesearch.command import run
 from onesearch.context import SearchContext
 from onesearch.embedder import KeywordEmbedder, TextEmbedder
 from onesearch.errors import BundleError, ConfigError
+from onesearch.progress import StageMeters
 from training.bootstrap import with_queries
 from training.codebooks import fit_codebooks
 from training.cold_start import default_table, with_defaults
@@ -34,7 +35,6 @@ from training.oracle import oracle_keywords
 from training.package import Identifiers, catalog_items, recipe_json, write_bundle, write_identifiers
 from training.page_keywords import KeywordProvider, file_keywords, rule_keywords
 from training.parallel import processes, rank, wait
-from training.progress import StageMeters
 from training.recipe import Recipe, load_recipe
 from training.samples import Sources
 from training.sentence_encoder import export_sentence_encoder

@@ -6,9 +6,9 @@ import numpy as np
 
 from onesearch.decode import BeamConfig, beam_search
 from onesearch.model import OneSearchModel, TorchDecoder
+from onesearch.progress import track
 from training.objective import evaluating
 from training.pars import Preference
-from training.progress import track
 from training.reward_model import RewardModel
 from training.rewards import Rewards
 from training.samples import Sources

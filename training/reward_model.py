@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from onesearch.progress import track
 from training.pars import LEVEL_WEIGHTS, Preference
-from training.progress import track
 from training.rewards import Relevance
 from training.samples import Sources
 from training.sessions import PageView

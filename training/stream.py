@@ -1,11 +1,11 @@
 """`python -m training.stream BUNDLE --data DIR --out OUT`: a bundle that follows its log (spec §4.13).
 
-The page views after the last one that the bundle has learned from are cut into windows of equal time. For each in
-turn: counters, keyword rules and relevance rules are made again from everything known by its end; new items get
-their SIDs by the frozen tokenizer, embedder and quantiser; the served model goes on through the stages with page
-views of the window and old ones; and what comes out is published if the gate lets it pass. Otherwise what was served
-stays, and the window teaches by replay alone. An order is known once `delay` has passed since its page view, which
-then teaches a second time.
+The page views after the last one that the bundle has learned from are cut into windows of equal time; windows in which
+nothing became known are passed over. For each in turn: counters, keyword rules and relevance rules are made again from
+everything known by its end; new items get their SIDs by the frozen tokenizer, embedder and quantiser; the served model
+goes on through the stages with page views of the window and old ones; and what comes out is published if the gate lets
+it pass. Otherwise what was served stays, and the window teaches by replay alone. An order is known once `delay` has
+passed since its page view, which then teaches a second time.
 
 `OUT/0001`, … are the published bundles, `OUT/current` leads to the one to serve, and `OUT/ledger.jsonl` is the whole
 state: one line per finished window, the first for the bundle itself. A run that was killed repeats the window that has
@@ -16,6 +16,7 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -69,10 +70,10 @@ class Stream:
         versions = (str(bundle.path), manifest.model_version, manifest.catalog_version)
         return Row(0, until, until, True, "", *versions, numbers=as_json(numbers), found=numbers.found)
 
-    def window(self, rows: Sequence[Row]) -> Row:
-        """Do the window after the last of the ledger; its bundle is in place if it was published."""
+    def window(self, rows: Sequence[Row], start: int) -> Row:
+        """Do the window after `start`, the next of the ledger; its bundle is in place if it was published."""
         last, number = rows[-1], len(rows)
-        start, end = last.end, last.end + self.config.window
+        end = start + self.config.window
         served = open_bundle(self.out / last.bundle, graphs=False)
         work = Work(self.out / "work")
         before = {"served": (last.model_version, last.catalog_version), "window": (number, start, end)}
@@ -195,9 +196,11 @@ def follow(config: StreamConfig, bundle: Path, data: Path, out: Path, windows: i
         if (rows[0].model_version, rows[0].catalog_version) != _versions(first):
             raise ConfigError(f"{out / LEDGER}: began with model {rows[0].model_version}, not with {bundle}")
         write_ledger(out, rows)
-        count = (stream.log.views[-1].time - rows[-1].end) // config.window
-        for _ in range(max(0, count if windows is None else min(count, windows))):
-            rows.append(stream.window(rows))
+        for _ in count() if windows is None else range(windows):
+            start = stream.log.begin(rows[-1].end, config)
+            if start is None:
+                break
+            rows.append(stream.window(rows, start))
             write_ledger(out, rows)
             shutil.rmtree(out / "work", ignore_errors=True)
             _console.print(rows[-1].line(), markup=False, highlight=False, soft_wrap=True)

@@ -10,10 +10,10 @@ import orjson
 from onesearch.catalog import Catalog
 from onesearch.context import SearchContext
 from onesearch.decode import StepFn
+from onesearch.progress import track
 from onesearch.search import SearchOptions, SearchResult
 from training.baselines import Baseline
 from training.metrics import Floats, Measured, Rows, compare, free_beams, valid_share
-from training.progress import track
 from trie import SidTrie
 
 MODEL, BM25, POPULARITY = "model", "bm25", "popularity"

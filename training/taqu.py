@@ -21,6 +21,7 @@ from onesearch.context import MAX_RECENT_ITEMS
 from onesearch.errors import ConfigError, ProviderError
 from onesearch.keywords import KeywordRules, load_keywords
 from onesearch.llm import LlmClient, LlmConfig, Usage
+from onesearch.progress import Meter
 from onesearch.taqu import MAX_PERSONAL, KeywordProvider, LlmProvider, RuleProvider, UserNotes, valid
 from onesearch.taqu_prompts import SYSTEM, Language, analysis, calibration, extraction
 from onesearch.text import normalise
@@ -28,7 +29,6 @@ from training.answers import Answers, question
 from training.bootstrap import with_queries
 from training.keywords import mine_keywords
 from training.page_keywords import Keywords, write_keywords
-from training.progress import Meter
 from training.recipe import DataConfig, Recipe, load_recipe
 from training.sessions import PageView, page_views
 from training.tables import Tables, load_tables

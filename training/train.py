@@ -16,6 +16,7 @@ import torch
 from onesearch.errors import ConfigError
 from onesearch.model import OneSearchModel
 from onesearch.model_config import ModelConfig
+from onesearch.progress import track
 from training.batches import Sized, plan
 from training.distill import SdftObjective
 from training.dpo import DpoObjective, choices, logged_preferences
@@ -23,7 +24,6 @@ from training.grpo import GrpoObjective, PagePrompt, page_prompts
 from training.loop import run, summary
 from training.objective import Objective
 from training.pars import Preference, count
-from training.progress import track
 from training.recipe import Precision, Recipe
 from training.reranked import reranked_preferences
 from training.reward_model import RewardModel
