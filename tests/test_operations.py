@@ -65,7 +65,7 @@ def process(bundle: Path, folder: Path, *options: str, **variables: str) -> Iter
 def status(url: str) -> int:
     """The status of a page, 0 without an answer."""
     try:
-        with urllib.request.urlopen(url, timeout=20) as answer:
+        with urllib.request.urlopen(url, timeout=60) as answer:
             return int(answer.status)
     except urllib.error.HTTPError as error:
         return error.code
@@ -101,7 +101,7 @@ def test_a_stop_under_load_drops_nothing_and_is_told_first(bundle: Path, tmp_pat
         told.set()
         for shopper in shoppers:
             shopper.join()
-        assert started.wait(timeout=20) == 0
+        assert started.wait(timeout=60) == 0
         assert status(f"{address}/healthz") == 0
     assert set(answers) == {200}
     assert len(answers) > before
@@ -111,7 +111,7 @@ def test_workers_share_a_port_add_up_their_metrics_and_are_replaced(bundle: Path
     with process(bundle, tmp_path, "--workers", "2", notice_seconds="0") as (started, address):
 
         def gauge(name: str) -> float:
-            text = httpx2.get(f"{address}/metrics", timeout=20).text
+            text = httpx2.get(f"{address}/metrics", timeout=60).text
             found = re.search(rf"^{name} ([0-9.]+)$", text, re.M)
             return float(found[1]) if found else 0.0
 
@@ -141,7 +141,7 @@ def test_workers_share_a_port_add_up_their_metrics_and_are_replaced(bundle: Path
         assert second in workers()
         assert status(f"{address}/v1/search?q=red+mug&limit=2") == 200
         started.send_signal(signal.SIGTERM)
-        assert started.wait(timeout=30) == 0
+        assert started.wait(timeout=60) == 0
 
 
 def test_the_dashboard_asks_for_metrics_that_exist(tmp_path: Path) -> None:

@@ -101,7 +101,7 @@ def port(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 def connect(port: int) -> socket.socket:
-    return socket.create_connection(("127.0.0.1", port), timeout=5)
+    return socket.create_connection(("127.0.0.1", port), timeout=30)
 
 
 def read_until(connection: socket.socket, end: bytes) -> bytes:
