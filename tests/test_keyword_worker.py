@@ -193,4 +193,4 @@ def test_the_command_works_until_told_to_stop(tmp_path: Path) -> None:
         with urllib.request.urlopen("http://127.0.0.1:19108/metrics") as answer:
             assert b'onesearch_keywords_jobs_total{outcome="done"} 1.0' in answer.read()
         process.send_signal(signal.SIGTERM)
-        assert process.wait(10) == 0
+        assert process.wait(60) == 0
