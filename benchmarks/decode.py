@@ -75,7 +75,7 @@ def demo_case(folder: Path, items: int | None = None) -> Case:
     model, trie = open_model(folder), bundle.trie
     if items is not None:
         trie = SidTrie.build(catalog(items, sizes=trie.sizes), trie.sizes)
-    return Case(model, trie, Prompt(ids, np.zeros((3, bundle.renderer.history_dim), np.float32)))
+    return Case(model, trie, Prompt(ids, np.zeros(bundle.renderer.history_shape, np.float32)))
 
 
 def bart_base_case(items: int) -> Case:
@@ -99,7 +99,9 @@ def bart_base_case(items: int) -> Case:
     )
     model = OneSearchModel(config).eval()
     ids = np.random.default_rng(0).integers(10, TEXT_TOKENS, PROMPT_TOKENS)
-    return Case(model, SidTrie.build(catalog(items), SIZES), Prompt(ids, np.zeros((3, 64), np.float32)))
+    return Case(
+        model, SidTrie.build(catalog(items), SIZES), Prompt(ids, np.zeros(config.history_shape, np.float32))
+    )
 
 
 def reference_search(case: Case, bart: BartForConditionalGeneration) -> BeamResult:

@@ -1,9 +1,10 @@
-"""The ablation study: every method of the paper on one simulated marketplace, several training seeds, paired intervals.
+"""Studies on one simulated marketplace, several training seeds, paired intervals: `ablation` of every method of the
+paper, and `history` of how a long history enters the prompt.
 
-`python -m benchmarks.study [--seeds 5] [--rows NAME,NAME] [--out DIR]` trains and measures what is not measured yet
-and writes the report; stopped at any moment, the same command goes on, and the command started twice shares the
-seeds (a run takes one core). Each run is kept as `ablation.runs/ROW-SEED.json` with the rank of every clicked item, so
-that a report needs no training: `python -m benchmarks.study --report`.
+`python -m benchmarks.study [--study NAME] [--seeds 5] [--rows NAME,NAME] [--out DIR]` trains and measures what is not
+measured yet and writes the report; stopped at any moment, the same command goes on, and the command started twice
+shares the seeds (a run takes one core). Each run is kept as `STUDY.runs/ROW-SEED.json` with the rank of every clicked
+item, so that a report needs no training: `python -m benchmarks.study --report`.
 
 Differences are paired by seed and page view; the bootstrap draws seeds and page views. Rows trained with the same
 number of steps cost different amounts; the controls `cot_x2` and `cot_x4` give the plain loss the steps instead.
@@ -49,7 +50,6 @@ from training.sessions import PageView, page_views
 from training.stages import DpoStage, GrpoStage, SdftStage, SftStage, TpmaStage
 from training.tables import Tables, load_tables, write_tables
 
-STUDY = "ablation"
 ITEMS, USERS, SESSIONS, WORLD_SEED = 2_000, 500, 14_000, 7
 TOP, WIDTH = 10, 128
 _DIGITS = "0123456789A"  # a rank of 1 to TOP, 0 for absent
@@ -65,7 +65,7 @@ _STEPS = {"align": 120, "cooccur": 80, "search": 500, "prefer": 40}
 class Row:
     """One system: its stages, and whether its prompts show keywords when it is measured. tables: of the paper.
 
-    prompt and data: what its recipe says differently under [sequence] and [data].
+    prompt, data and model: what its recipe says differently under [sequence], [data] and [model].
     """
 
     name: str
@@ -75,10 +75,11 @@ class Row:
     served: bool = False
     prompt: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
+    model: Mapping[str, Any] = field(default_factory=dict)
 
 
-def rows() -> dict[str, Row]:
-    """All systems by name."""
+def ablation() -> dict[str, Row]:
+    """All systems of the paper by name."""
     plain, cot = _first(()), _first(_COT)
     search = _search
     sdft: dict[str, Any] = {"alpha_r": 0.5, "epsilon": 0.2, "gamma": 3.0}
@@ -145,6 +146,20 @@ def rows() -> dict[str, Row]:
     return {row.name: row for row in found}
 
 
+def history() -> dict[str, Row]:
+    """The V1 baseline by how its prompts show the long history."""
+    stages, table = (*_first(()), _search()), ("history",)
+    found = [
+        Row("v1", "V1 baseline: a mean with behaviour gates", stages, table),
+        Row("qformer", "a Q-Former over behaviours and levels", stages, table, model={"history": "qformer"}),
+        Row("no_vectors", "no history vectors", stages, table, prompt={"history_vectors": False}),
+    ]
+    return {row.name: row for row in found}
+
+
+STUDIES = {"ablation": ablation, "history": history}
+
+
 def _first(cot: tuple[str, ...]) -> tuple[SftStage, ...]:
     """Stages 1 and 2. The keyword tasks share the steps of stage 1: every row takes the same number."""
     return (
@@ -185,7 +200,7 @@ def recipe_of(row: Row, seed: int) -> Recipe:
         sequence=SequenceConfig(
             **{"max_ids": 80, "recent_queries": 2, "recent_items": 4, "keywords": 5, **row.prompt}
         ),
-        model=ModelShape(d_model=64, encoder_layers=1, decoder_layers=2, heads=4, ffn=256),
+        model=ModelShape(d_model=64, encoder_layers=1, decoder_layers=2, heads=4, ffn=256, **row.model),
         stages=row.stages,
     )
 
@@ -317,19 +332,20 @@ def claimed(path: Path) -> Iterator[bool]:
 def main() -> None:
     """Console entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--study", choices=STUDIES, default="ablation")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--rows", help="comma-separated names; default all")
     parser.add_argument("--work", type=Path, default=Path("runs/study"), help="folder for data and stages")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/studies"))
     parser.add_argument("--report", action="store_true", help="only write the report of the runs there are")
     arguments = parser.parse_args()
-    everything = rows()
+    everything = STUDIES[arguments.study]()
     names = arguments.rows.split(",") if arguments.rows else list(everything)
     if unknown := sorted(set(names) - set(everything)):
         parser.error(f"rows {', '.join(unknown)}: unknown, expected some of {', '.join(everything)}")
     arguments.work.mkdir(parents=True, exist_ok=True)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    store = arguments.out / f"{STUDY}.runs"
+    store = arguments.out / f"{arguments.study}.runs"
     store.mkdir(exist_ok=True)
     world = World.at(arguments.work)
     if not arguments.report:
@@ -341,7 +357,7 @@ def main() -> None:
     outcomes: dict[str, dict[int, Outcome]] = {}
     for (name, seed), result in known.items():
         outcomes.setdefault(name, {})[seed] = world.outcome_of(result["ranks"])
-    write_report(arguments.out, STUDY, everything, known, outcomes, _facts(world))
+    write_report(arguments.out, arguments.study, everything, known, outcomes, _facts(world))
 
 
 def _run_seed(chosen: Sequence[Row], seed: int, world: World, work: Path, store: Path) -> None:

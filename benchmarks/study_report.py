@@ -1,4 +1,4 @@
-"""Turns the runs of the study into a report: JSON, tables in Markdown, a plot. Knows no model and no data.
+"""Turns the runs of a study into a report: JSON, tables in Markdown, a plot. Knows no model and no data.
 
 Legend: S seeds, V page views, U clicked items.
 """
@@ -28,6 +28,7 @@ TITLES = {
     "7": "Table 7: teacher and student side",
     "8": "Table 8: ways to internalise reasoning",
     "user": "The user in the prompt: history, user id, cold users",
+    "history": "The long history: how its vectors enter the prompt",
     "controls": "Controls: the plain loss with more steps",
 }
 
@@ -122,18 +123,25 @@ def write_report(
         "not run": [name for name in rows if name not in found],
     }
     write_atomically(folder / f"{study}.json", orjson.dumps(document, option=orjson.OPT_INDENT_2))
-    write_atomically(folder / f"{study}.md", _markdown(document, rows, found, costs).encode())
+    write_atomically(folder / f"{study}.md", _markdown(study, document, rows, found, costs).encode())
     if found:
         _plot(folder / f"{study}.png", rows, found)
 
 
 def _markdown(
-    document: Mapping[str, Any], rows: Mapping[str, Named], found: Mapping[str, Any], costs: Mapping[str, float]
+    study: str,
+    document: Mapping[str, Any],
+    rows: Mapping[str, Named],
+    found: Mapping[str, Any],
+    costs: Mapping[str, float],
 ) -> str:
+    command = "`make study` (`python -m benchmarks.study`)"
+    if study != "ablation":
+        command = f"`python -m benchmarks.study --study {study}`"
     lines = [
-        "# Ablation study on the simulated marketplace",
+        f"# {study.capitalize()} study on the simulated marketplace",
         "",
-        "`make study` (`python -m benchmarks.study`); values are means over seeds; differences to the V1 baseline are",
+        f"{command}; values are means over seeds; differences to the V1 baseline are",
         "paired by seed and page view, with 95 % bootstrap intervals over seeds and page views.",
         "",
         *(f"- {name}: {value}" for name, value in document["facts"].items()),

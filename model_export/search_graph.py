@@ -4,7 +4,7 @@ Nothing leaves the device between the prompt and the results and every shape is 
 engine can hold the search. Trie and eligibility are inputs (`search_inputs`). Scores are `level` scores; results,
 ties included, are those of `onesearch.decode.beam_search`.
 
-    search.onnx   ids [B, S], mask [B, S], history [B, 3, E], eligible [B, M], first_* [n_t + 1], codes_* [e_t]
+    search.onnx   ids [B, S], mask [B, S], history [B, V, 3, E], eligible [B, M], first_* [n_t + 1], codes_* [e_t]
                   -> codes [B, N, L], scores [B, N], leaves [B, N]; a row without a result has score -inf
 
 Legend: as in `search_inputs`; K beams, R chunks of children, W children of a chunk, C = R·W candidates.
@@ -38,7 +38,7 @@ class SearchGraph(nn.Module):
         first: list[Tensor],
         codes: list[Tensor],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """int64 [B, S] twice, float32 [B, 3, E], bool [B, M], the trie int32 → codes int32 [B, N, L], scores float32
+        """int64 [B, S] twice, float32 [B, V, 3, E], bool [B, M], the trie int32 → codes int32 [B, N, L], scores float32
         [B, N] descending, leaves int32 [B, N]."""
         first, codes = ([part.long() for part in parts] for parts in (first, codes))
         mapped: Any = torch.vmap(self._search, (0, 0, 0, 0, None, None))
@@ -126,7 +126,7 @@ def export_search(model: OneSearchModel, shape: SearchShape, path: Path) -> None
     inputs = (
         ids,
         torch.ones_like(ids),
-        torch.zeros(shape.batch, len(config.history_ids), config.history_dim),
+        torch.zeros(shape.batch, *config.history_shape),
         torch.ones(shape.batch, shape.edges[-1], dtype=torch.bool),
         [torch.zeros(nodes[level] + 1, dtype=torch.int32) for level in levels],
         [torch.zeros(shape.edges[level], dtype=torch.int32) for level in levels],

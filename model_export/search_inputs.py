@@ -2,8 +2,8 @@
 
 Trie and eligibility are inputs, so a new catalog needs new arrays and no new graph while it fits the capacity.
 
-Legend: L levels, B requests of a batch, N results, S prompt tokens, E history width, M SIDs, n_t nodes of level t
-(n_0 = 1, the root), e_t edges that leave them (e_t = n_{t+1}, e_{L-1} = M).
+Legend: L levels, B requests of a batch, N results, S prompt tokens, V behaviours, E history width, M SIDs, n_t nodes of
+level t (n_0 = 1, the root), e_t edges that leave them (e_t = n_{t+1}, e_{L-1} = M).
 """
 
 from collections.abc import Sequence

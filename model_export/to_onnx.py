@@ -1,12 +1,12 @@
 """The two decoder graphs of a model as ONNX files, with named inputs, outputs and dynamic axes.
 
-    prefill.onnx  ids [1, S], mask [1, S], history [1, 3, E] -> context_*
+    prefill.onnx  ids [1, S], mask [1, S], history [1, R, 3, E] -> context_*
     step.onnx     tokens [K], parents [K], head [H], context_*, state_* [t, P, W] -> logits [K, H], grown_* [t+1, K, W]
 
 History and logits are float32; context and state have the type of the weights.
 
-Legend: S prompt tokens, E history width, K beams, P beams of the previous step, t steps taken, H codes of a level,
-W width of a beam's keys.
+Legend: S prompt tokens, R behaviours, E history width, K beams, P beams of the previous step, t steps taken, H codes of
+a level, W width of a beam's keys.
 """
 
 import logging
@@ -87,7 +87,7 @@ def _context_names(model: OneSearchModel) -> list[str]:
 
 def _prompt(model: OneSearchModel) -> tuple[Tensor, Tensor, Tensor]:
     ids = torch.full((1, 7), model.config.bos)
-    return ids, torch.ones_like(ids), torch.zeros(1, len(model.config.history_ids), model.config.history_dim)
+    return ids, torch.ones_like(ids), torch.zeros(1, *model.config.history_shape)
 
 
 def write_graph(

@@ -70,11 +70,11 @@ def profiles(
 ) -> dict[str, dict[str, Range]]:
     """Per dynamic graph (`prefill`, `step`) and input, what it is built for. The search graphs are static."""
     prompt, width = sequence.max_ids, max(engines.widths)
-    slots, codes = len(config.history_ids), max(config.sid_sizes)
+    codes = max(config.sid_sizes)
     heads = config.kv_heads or config.heads
     head = config.state_width // heads
     ids = Range((1, 1), (1, prompt), (1, prompt))
-    history = (1, slots, config.history_dim)
+    history = (1, *config.history_shape)
     step = {
         "tokens": Range((1,), (width,), (width,)),
         "parents": Range((1,), (width,), (width,)),

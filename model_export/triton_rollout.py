@@ -100,7 +100,7 @@ def _load(repository: Path, number: int, server: str, before: int) -> None:
 def _ask(repository: Path, number: int, server: str) -> None:
     """One recorded search, which makes a version prove itself."""
     call, _ = remote.read_recorded(repository / remote.MODEL / str(number) / RECORD)[0]
-    types = {tensor.name: tensor.dtype for tensor in remote.inputs(call.prompt.history.shape[1])}
+    types = {tensor.name: tensor.dtype for tensor in remote.inputs(call.prompt.history.shape[-1])}
     inputs = [
         grpc.InferInput(name, [1, *array.shape], types[name]).set_data_from_numpy(array[None])
         for name, array in call.tensors().items()

@@ -3,7 +3,7 @@
 `seal` closes a folder of parts and moves it into place; `open_bundle` verifies and opens it. Faults are listed
 all at once and nothing is ever unpickled. Besides the checksum of every file the manifest carries a contract
 digest, which the loader recomputes with the running code: template version, limits, tokenizer, SID grammar,
-quantiser, embedder and a rendered probe. A bundle rendered by other rules does not open.
+quantiser, embedder, behaviours of histories and a rendered probe. A bundle rendered by other rules does not open.
 """
 
 import hashlib
@@ -22,11 +22,11 @@ from onesearch.embedder import open_embedder
 from onesearch.errors import BundleError, ConfigError, OneSearchError
 from onesearch.keywords import KeywordRules, load_keywords
 from onesearch.quantizer import Codebooks
-from onesearch.sequence import TEMPLATE_VERSION, Fields, Renderer, sequence_config
-from onesearch.sid import RQ_LEVELS, SidSpec
+from onesearch.sequence import BEHAVIOURS, TEMPLATE_VERSION, Fields, Renderer, sequence_config
+from onesearch.sid import SidSpec
 from trie import SidTrie
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MANIFEST, GRAPHS, STAMP, HELD_OUT = "manifest.json", "graphs", "stamp.json", "held_out.jsonl"
 DEFAULTS = "defaults.json"  # items for users without history, by query; only in bundles whose recipe asks for it
 _MUST = ("sid_spec.json", "tokenizer.json", "sequence.json", "codebooks.npz", "embedder")
@@ -201,7 +201,7 @@ def contract_digest(folder: Path) -> str:
     except (OneSearchError, ValueError, KeyError, OSError) as error:
         raise BundleError(f"bundle {folder}", [f"the prompt rules do not open: {error}"]) from error
     probe = renderer.prompt("search", _probe(renderer)).ids.tolist()
-    parts["probe"] = f"{TEMPLATE_VERSION}:{probe}"
+    parts["probe"] = f"{TEMPLATE_VERSION}:{','.join(BEHAVIOURS)}:{probe}"
     return _combined(parts)
 
 
@@ -220,7 +220,7 @@ def _probe(renderer: Renderer) -> Fields:
         recent_queries=("running shoes", "socks"),
         uid=np.zeros((2, levels), dtype=np.uint16),
         recent_sids=np.zeros((2, levels), dtype=np.uint16),
-        history=np.zeros((RQ_LEVELS, renderer.history_dim), dtype=np.float32),
+        history=np.zeros(renderer.history_shape, dtype=np.float32),
         keywords=("shoes", "red"),
     )
 

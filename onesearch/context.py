@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from onesearch.embedder import TextEmbedder
 from onesearch.quantizer import Codebooks
-from onesearch.sequence import Fields, UidMode
+from onesearch.sequence import BEHAVIOURS, Fields, UidMode
 from onesearch.sid import RQ_LEVELS, Codes
 from onesearch.text import normalise
 from onesearch.uid import user_id
@@ -25,7 +25,7 @@ MAX_RECENT_ITEMS = 20
 MAX_LONG_ITEMS = 100
 MAX_DEFAULT_ITEMS = 10
 # How much of each history logs and live traffic keep: more queries than a context shows, since repeats count once.
-KEPT_QUERIES, KEPT_CLICKS, KEPT_LONG = 3 * MAX_RECENT_QUERIES, MAX_LONG_ITEMS, MAX_LONG_ITEMS
+KEPT_QUERIES, KEPT_ITEMS = 3 * MAX_RECENT_QUERIES, MAX_LONG_ITEMS
 Gender = Literal["F", "M"]
 AgeBucket = Literal["0-11", "12-17", "18-23", "24-30", "31-40", "41-49", "50+"]
 
@@ -34,34 +34,40 @@ AgeBucket = Literal["0-11", "12-17", "18-23", "24-30", "31-40", "41-49", "50+"]
 class SearchContext:
     """One request in raw form; sequences run oldest to newest and hold only what happened before it.
 
-    recent_items is the short click sequence, long_items everything the user clicked or bought (item ids); items
-    that are not in the catalog are left out. profile is free text such as "24-30 F".
-    default_items: what stands in for both sequences if the user has neither; None: what the bundle keeps for the query.
+    recent_items is the short click sequence, long_clicks and long_orders the long sequence by behaviour (item ids);
+    items that are not in the catalog are left out. profile is free text such as "24-30 F".
+    default_items: what stands in for the clicks of a user without items; None: what the bundle keeps for the query.
     """
 
     query: str
     profile: str = ""
     recent_queries: tuple[str, ...] = ()
     recent_items: tuple[int, ...] = ()
-    long_items: tuple[int, ...] = ()
+    long_clicks: tuple[int, ...] = ()
+    long_orders: tuple[int, ...] = ()
     keywords: tuple[str, ...] = ()
     default_items: tuple[int, ...] | None = None
 
     @property
     def knows_user(self) -> bool:
         """Whether anything is known of who asks."""
-        return bool(self.profile or self.recent_queries or self.recent_items or self.long_items)
+        return bool(self.profile or self.recent_queries or self.has_items)
+
+    @property
+    def has_items(self) -> bool:
+        """Whether any item is known that the user clicked or ordered."""
+        return bool(self.recent_items or self.long_clicks or self.long_orders)
 
 
 def assemble(
     query: str,
     queries: Iterable[str],
     clicks: Sequence[int],
-    long: Sequence[int],
+    orders: Sequence[int],
     profile: str = "",
     keywords: tuple[str, ...] = (),
 ) -> SearchContext:
-    """A context from what a user did before, oldest first: queries asked, items clicked, items clicked or ordered.
+    """A context from what a user did before, oldest first: queries asked, items clicked, items ordered.
 
     The one rule of what counts as recent, for logs and for live traffic: a query asked again and again (pages,
     filters, reloads) counts once, and one that equals the present query is not its own history (spec §2.2, §3.6).
@@ -75,7 +81,8 @@ def assemble(
         profile=profile,
         recent_queries=tuple(asked[-MAX_RECENT_QUERIES:]),
         recent_items=tuple(clicks[-MAX_RECENT_ITEMS:]),
-        long_items=tuple(long[-MAX_LONG_ITEMS:]),
+        long_clicks=tuple(clicks[-MAX_LONG_ITEMS:]),
+        long_orders=tuple(orders[-MAX_LONG_ITEMS:]),
         keywords=keywords,
     )
 
@@ -132,18 +139,19 @@ class ContextEncoder:
         """
         items = items or self._items
         sid = self.query_sids([context.query])[0] if query_sid is None else query_sid
-        recent, long = context.recent_items, context.long_items
-        if not recent and not long:
-            recent = long = self._default(context)
-        recent_sids, long_sids = items.sids_of(recent), items.sids_of(long[-MAX_LONG_ITEMS:])
+        recent, clicks, orders = context.recent_items, context.long_clicks, context.long_orders
+        if not context.has_items:
+            recent = clicks = self._default(context)
+        recent_sids = items.sids_of(recent)
+        behaviours = [items.sids_of(long[-MAX_LONG_ITEMS:]) for long in (clicks, orders)]
         return Fields(
             query=context.query,
             query_sid=sid,
             profile=context.profile,
-            uid=user_id(recent_sids, long_sids, self._uid, self.codebooks),
+            uid=user_id(recent_sids, np.concatenate(behaviours), self._uid, self.codebooks),
             recent_queries=context.recent_queries,
             recent_sids=recent_sids,
-            history=self.history(long_sids),
+            history=self.history(behaviours),
             keywords=context.keywords,
         )
 
@@ -153,14 +161,17 @@ class ContextEncoder:
             return context.default_items
         return self._defaults.get(normalise(context.query), ())
 
-    def history(self, sids: Codes) -> npt.NDArray[np.float32] | None:
-        """Long-history vectors float32 [3, E] of items uint16 [m, L]: per RQ level the L2-normalised mean centroid
-        (spec §3.6); None without items.
+    def history(self, behaviours: Sequence[Codes]) -> npt.NDArray[np.float32] | None:
+        """Long-history vectors float32 [R, 3, E] of the items of each of `BEHAVIOURS`, uint16 [m, L] each.
+
+        Per behaviour and RQ level the L2-normalised mean centroid (spec §3.6), zeros for a behaviour without items;
+        None without any items.
         """
-        if len(sids) == 0:
+        if not any(len(sids) for sids in behaviours):
             return None
-        mean = self.codebooks.level_vectors(sids).mean(axis=0)
-        norm = np.maximum(np.linalg.norm(mean, axis=1, keepdims=True), 1e-6)
-        vectors: npt.NDArray[np.float32] = (mean / norm).astype(np.float32)
-        assert vectors.shape[0] == RQ_LEVELS
+        vectors = np.zeros((len(BEHAVIOURS), RQ_LEVELS, self.codebooks.dim), dtype=np.float32)
+        for own, sids in zip(vectors, behaviours, strict=True):
+            if len(sids):
+                mean = self.codebooks.level_vectors(sids).mean(axis=0)
+                own[:] = mean / np.maximum(np.linalg.norm(mean, axis=1, keepdims=True), 1e-6)
         return vectors

@@ -4,8 +4,8 @@ Training calls `OneSearchModel`; decoding calls `Prefill` and `Step`, which read
 is exported, so the torch decoder and the ONNX graphs are one definition. Which network it is belongs to `backbones`;
 losses live in training.
 
-Legend: B batch, S prompt tokens, T target tokens, L SID levels, V vocabulary, D model width, E history width,
-K beams, P beams of the previous step, t steps taken, H codes of a level, g key-value heads, d head width.
+Legend: B batch, S prompt tokens, T target tokens, L SID levels, V vocabulary, D model width, R behaviours, E history
+width, K beams, P beams of the previous step, t steps taken, H codes of a level, g key-value heads, d head width.
 """
 
 from pathlib import Path
@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from onesearch.backbones import MASKED, Backbone, build
 from onesearch.decode import StepFn
 from onesearch.errors import BundleError
+from onesearch.history import HISTORY_MODULES
 from onesearch.model_config import ModelConfig
 from onesearch.runtime import BeamSteps, Ids, Logits
 from onesearch.sequence import Prompt, Renderer
@@ -35,7 +36,7 @@ class OneSearchModel(nn.Module):
         super().__init__()
         self.config = config
         self.add_module(config.backbone, build(config))
-        self.history = nn.Linear(config.history_dim, config.d_model, bias=False)
+        self.history = HISTORY_MODULES[config.history](config)
         self.head_bias = nn.Parameter(torch.zeros(config.vocab_size))
         self.history_ids: Tensor
         self.register_buffer("history_ids", torch.tensor(config.history_ids), persistent=False)
@@ -57,13 +58,13 @@ class OneSearchModel(nn.Module):
         return embedded
 
     def embed_prompt(self, ids: Tensor, history: Tensor) -> Tensor:
-        """Token embeddings [B, S, D] of ids int64 [B, S]; placeholder l carries history [B, 3, E] vector l."""
+        """Token embeddings [B, S, D] of ids int64 [B, S]; placeholder l carries vector l of history [B, R, 3, E]."""
         slots = (ids[..., None] == self.history_ids).to(history.dtype)
         vectors: Tensor = self.history(history)
         return self.embed(ids) + slots @ vectors
 
     def encode(self, ids: Tensor, mask: Tensor, history: Tensor) -> Tensor:
-        """Memory [B, S, D] of ids int64 [B, S], mask [B, S] (1 = token, 0 = padding at the end), history [B, 3, E].
+        """Memory [B, S, D] of ids int64 [B, S], mask [B, S] (1 = token, 0 = padding at the end), history [B, R, 3, E].
 
         What `decode` conditions on: the encoder's output, or the embedded prompt of a decoder-only network.
         """
@@ -139,7 +140,7 @@ class Prefill(nn.Module):
         self.model = model
 
     def forward(self, ids: Tensor, mask: Tensor, history: Tensor) -> list[Tensor]:
-        """ids, mask int64 [1, S], history float32 [1, 3, E] → context.
+        """ids, mask int64 [1, S], history float32 [1, R, 3, E] → context.
 
         context[0] is the additive mask [S]; then per decoder layer keys [g, d, S] and values [g, S, d], for BART of
         its cross-attention. All are of the weights' type.

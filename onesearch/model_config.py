@@ -6,10 +6,11 @@ from functools import cached_property
 from typing import Any, Literal, Self, get_args
 
 from onesearch.errors import ConfigError
-from onesearch.sequence import Renderer
+from onesearch.sequence import BEHAVIOURS, Renderer
 from onesearch.sid import SidSpec, SidVocab
 
 BackboneName = Literal["bart", "gpt2", "qwen3"]
+HistoryMode = Literal["gates", "qformer"]
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class ModelConfig:
     """One network. `encoder_layers` is BART's alone; `kv_heads`, `head_dim` and `rope_theta` are Qwen3's alone.
 
     kv_heads 0 means as many as heads; head_dim 0 means d_model / heads. max_positions counts the prompt and, for the
-    decoder-only backbones, the target behind it.
+    decoder-only backbones, the target behind it. history: how long histories become vectors (`onesearch.history`).
     """
 
     vocab_size: int
@@ -39,11 +40,15 @@ class ModelConfig:
     dropout: float = 0.1
     max_positions: int = 128
     rope_theta: float = 1e6
+    history: HistoryMode = "gates"
 
     def __post_init__(self) -> None:
         if self.backbone not in get_args(BackboneName):
             known = ", ".join(map(repr, get_args(BackboneName)))
             raise ConfigError(f"model.backbone: {self.backbone!r} is unknown, expected one of {known}")
+        if self.history not in get_args(HistoryMode):
+            known = ", ".join(map(repr, get_args(HistoryMode)))
+            raise ConfigError(f"model.history: {self.history!r} is unknown, expected one of {known}")
         if self.backbone != "qwen3" and (self.kv_heads or self.head_dim):
             raise ConfigError(f"model.kv_heads, model.head_dim: {self.backbone} has neither, expected 0")
         if not self.head_dim and self.d_model % self.heads:
@@ -88,6 +93,11 @@ class ModelConfig:
     def sids(self) -> SidVocab:
         """SID codes to token ids."""
         return SidVocab(SidSpec(self.sid_sizes), self.sid_first_id)
+
+    @property
+    def history_shape(self) -> tuple[int, int, int]:
+        """Shape of the history vectors of one prompt: behaviours, RQ levels, their width."""
+        return len(BEHAVIOURS), len(self.history_ids), self.history_dim
 
     @property
     def state_width(self) -> int:

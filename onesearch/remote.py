@@ -3,8 +3,8 @@
 The gateway renders the prompt and turns filters into a mask; the server holds the graphs and the tries and runs the
 decode loop. A call names the contract and the catalog it was made for, so neither side can misread the other.
 
-Legend: S prompt tokens, E history width, A SIDs added since the catalog was built, L levels, M leaves (the
-catalog's, then the added ones), n results.
+Legend: S prompt tokens, R behaviours, E history width, A SIDs added since the catalog was built, L levels, M leaves
+(the catalog's, then the added ones), n results.
 """
 
 import re
@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from onesearch.decode import BeamConfig, BeamResult, Score
 from onesearch.errors import ConfigError
-from onesearch.sequence import Prompt
+from onesearch.sequence import BEHAVIOURS, Prompt
 from onesearch.sid import LEVELS, RQ_LEVELS, Codes
 
 MODEL, PREFILL, STEP = "onesearch_search", "onesearch_prefill", "onesearch_step"
@@ -53,7 +53,7 @@ def inputs(history_dim: int) -> tuple[Tensor, ...]:
     """The tensors of a call, in order; -1 is an axis of any length."""
     return (
         Tensor("ids", "INT64", (-1,)),
-        Tensor("history", "FP32", (RQ_LEVELS, history_dim)),
+        Tensor("history", "FP32", (len(BEHAVIOURS), RQ_LEVELS, history_dim)),
         Tensor("legal", "UINT8", (-1,)),
         Tensor("added", "UINT16", (-1,)),
         Tensor("options", "INT32", (3,)),

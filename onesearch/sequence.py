@@ -5,7 +5,7 @@ Training, export, evaluation and serving all call `Renderer.prompt`; a training 
 Nothing is ever assembled by string replacement: user text is tokenised after `normalise`, which removes angle
 brackets, so no text can spell a control or SID token (spec §4.3).
 
-Legend: S prompt tokens, L SID levels, E embedding dimension of the quantiser.
+Legend: S prompt tokens, L SID levels, R behaviours, E embedding dimension of the quantiser.
 """
 
 import json
@@ -60,6 +60,7 @@ _FIELDS = (
 PAD, BOS, EOS, SEP = "<pad>", "<bos>", "<eos>", "<sep>"
 DISTILL = "<distill>"  # ends a student prompt in the special-token mode of self-distillation (spec §4.7)
 UID_TOKEN = "<field_uid>"  # part of a vocabulary only where prompts show user ids
+BEHAVIOURS = ("click", "order")  # what long histories are of, in this order (spec §3.6; its RSU is in no table)
 HISTORY_TOKENS = tuple(f"<history_{level}>" for level in range(RQ_LEVELS))
 CONTROL_TOKENS = (
     *(PAD, BOS, EOS, SEP, DISTILL),
@@ -77,6 +78,7 @@ class SequenceConfig:
     """Limits of a prompt, in tokens unless a name says otherwise. Stored in the bundle.
 
     uid: whether prompts show a user id of 2 L tokens, and how it is made of the histories (`onesearch.uid`).
+    history_vectors: whether prompts show the long history, at three tokens (`onesearch.history`).
     """
 
     max_ids: int = 96
@@ -89,14 +91,17 @@ class SequenceConfig:
     keywords: int = 8
     keyword_tokens: int = 6
     uid: UidMode = "off"
+    history_vectors: bool = True
 
     def __post_init__(self) -> None:
         if self.uid not in get_args(UidMode):
             raise ConfigError(f"sequence.uid: {self.uid!r}, expected one of {', '.join(get_args(UidMode))}")
+        if not isinstance(self.history_vectors, bool):
+            raise ConfigError(f"sequence.history_vectors: {self.history_vectors!r}, expected true or false")
         for f in fields(self):
             value = getattr(self, f.name)
             least = 0 if f.name.startswith("recent") else 1
-            if f.name != "uid" and (not isinstance(value, int) or value < least):
+            if f.type is int and (not isinstance(value, int) or value < least):
                 raise ConfigError(f"sequence.{f.name}: {value!r} is not a valid limit")
         worst = 2 + 2 + self.query_tokens + 6 + self.target_tokens + 4 + (0 if self.uid == "off" else 11)
         if self.max_ids < worst:
@@ -121,7 +126,8 @@ class Fields:
     """What a prompt may say; text is raw (the renderer normalises), SIDs are codes.
 
     query_sid, item_sid: uint16 [L] or None. recent_sids: uint16 [n, L], oldest first. history: float32
-    [3, E], one vector per RQ level, and uid: uint16 [2, L], or None for a user without history (spec §3.6).
+    [R, 3, E], per behaviour one vector for each RQ level, zeros for a behaviour without items; and uid: uint16 [2, L].
+    Either is None for a user without history (spec §3.6).
     """
 
     query: str = ""
@@ -138,7 +144,7 @@ class Fields:
 
 @dataclass(frozen=True)
 class Prompt:
-    """ids: int64 [S]. history: float32 [3, E], zeros where the prompt has no history tokens."""
+    """ids: int64 [S]. history: float32 [R, 3, E], zeros where the prompt has no history tokens."""
 
     ids: npt.NDArray[np.int64]
     history: npt.NDArray[np.float32]
@@ -151,6 +157,7 @@ class Renderer:
         self.tokenizer = tokenizer
         self.config = config
         self.history_dim = history_dim
+        self.history_shape = (len(BEHAVIOURS), RQ_LEVELS, history_dim)
         self._tokens = lru_cache(maxsize=_CACHED_TEXTS)(self._tokenise)
         self._control = {token: self._require(token) for token in config.control_tokens()}
         self.sids = SidVocab(spec, self._require(spec.token_strings()[0]))
@@ -178,7 +185,7 @@ class Renderer:
                 ids.append(self._control[f"<field_{name}>"])
                 ids.extend(token for part in parts for token in part)
         history = values.history if values.history is not None and blocks.get("history") else None
-        empty = np.zeros((RQ_LEVELS, self.history_dim), dtype=np.float32)
+        empty = np.zeros(self.history_shape, dtype=np.float32)
         return Prompt(np.asarray(ids, dtype=np.int64), empty if history is None else history.astype(np.float32))
 
     def target(self, target: Codes | str) -> npt.NDArray[np.int64]:
@@ -215,7 +222,7 @@ class Renderer:
         return [self.sids.token_ids(codes).tolist() for codes in v.uid]
 
     def _history(self, v: Fields) -> list[list[int]]:
-        return [] if v.history is None else [list(self.history_ids)]
+        return [list(self.history_ids)] if v.history is not None and self.config.history_vectors else []
 
     def _recent_items(self, v: Fields) -> list[list[int]]:
         kept = v.recent_sids[max(0, len(v.recent_sids) - self.config.recent_items) :]

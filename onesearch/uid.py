@@ -1,7 +1,7 @@
 """User ids: a user as two SIDs, made of the items of the short and the long history (spec §3.6).
 
-Both histories run oldest to newest and item i of m weighs λ_i = e^√i / Σ_j e^√j: the newest weighs most. Three ways
-to make one SID of many. Legend: m items, L SID levels.
+Both histories run oldest to newest, in the long one clicks before orders, and item i of m weighs
+λ_i = e^√i / Σ_j e^√j: the newest weighs most. Three ways to make one SID of many. Legend: m items, L SID levels.
 """
 
 import numpy as np

@@ -16,13 +16,8 @@ from service.state import History
 
 EventType = Literal["impression", "click", "cart", "order"]
 EVENT_TYPES: tuple[EventType, ...] = ("impression", "click", "cart", "order")
-# The histories an event is appended to: clicks are recent behaviour, clicks and orders the long history.
-EVENT_HISTORIES: dict[EventType, tuple[History, ...]] = {
-    "impression": (),
-    "click": ("clicks", "long"),
-    "cart": (),
-    "order": ("long",),
-}
+# The history an event is appended to, if any.
+EVENT_HISTORIES: dict[EventType, History] = {"click": "clicks", "order": "orders"}
 
 
 @dataclass(frozen=True)

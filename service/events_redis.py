@@ -25,10 +25,10 @@ for _, event in ipairs(cjson.decode(ARGV[1])) do
     if redis.call('SET', ARGV[2] .. event.id, '', 'NX', 'PX', ARGV[4]) then
         new = new + 1
         redis.call('XADD', KEYS[1], 'MINID', '~', ARGV[6], '*', 'event', event.body)
-        for _, list in ipairs(event.lists) do
-            redis.call('RPUSH', list.key, list.value)
-            redis.call('LTRIM', list.key, -list.limit, -1)
-            redis.call('PEXPIRE', list.key, ARGV[5])
+        if event.history then
+            redis.call('RPUSH', event.history, event.value)
+            redis.call('LTRIM', event.history, -event.limit, -1)
+            redis.call('PEXPIRE', event.history, ARGV[5])
         end
         redis.call('HINCRBY', ARGV[3] .. event.item, event.type, 1)
         redis.call('ZADD', KEYS[2], redis.call('INCR', KEYS[2] .. ':mark'), event.item)
@@ -98,7 +98,9 @@ class RedisEvents:
 
 def _message(event: Event) -> dict[str, object]:
     """What the script needs of an event. The item id travels as text: Lua's numbers do not hold 64 bits."""
-    value, prefix = f"{event.at!r} {event.item_id}", user_prefix(event.user_id)
-    lists = [{"key": prefix + name, "value": value, "limit": LIMITS[name]} for name in EVENT_HISTORIES[event.type]]
-    body = event.to_json().decode()
-    return {"id": event.event_id, "type": event.type, "item": str(event.item_id), "body": body, "lists": lists}
+    item, body = str(event.item_id), event.to_json().decode()
+    message: dict[str, object] = {"id": event.event_id, "type": event.type, "item": item, "body": body}
+    if name := EVENT_HISTORIES.get(event.type):
+        message["history"] = user_prefix(event.user_id) + name
+        message |= {"value": f"{event.at!r} {item}", "limit": LIMITS[name]}
+    return message

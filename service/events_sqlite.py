@@ -75,7 +75,7 @@ class SqliteEvents:
             if logged.rowcount:
                 new += 1
                 db.execute(_COUNT[event.type], (event.item_id, logged.lastrowid))
-                user, item = event.user_id, str(event.item_id)
-                rows += [(user, name, event.at, item) for name in EVENT_HISTORIES[event.type]]
+                if name := EVENT_HISTORIES.get(event.type):
+                    rows.append((event.user_id, name, event.at, str(event.item_id)))
         append(db, rows, self._ttl)
         return new

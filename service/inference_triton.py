@@ -71,7 +71,7 @@ class TritonModel:
 
         Raises InferenceUnavailable, also when the timeout passes before the deadline; DeadlineError; DecodeError.
         """
-        types = {tensor.name: tensor.dtype for tensor in remote.inputs(call.prompt.history.shape[1])}
+        types = {tensor.name: tensor.dtype for tensor in remote.inputs(call.prompt.history.shape[-1])}
         inputs = []
         for name, array in call.tensors().items():
             tensor = grpc.InferInput(name, [1, *array.shape], types[name])

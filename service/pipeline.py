@@ -286,8 +286,8 @@ def _explain(context: SearchContext, options: SearchOptions, found: Found) -> di
         "filters": filters,
         "history": {
             "queries": len(context.recent_queries),
-            "clicks": len(context.recent_items),
-            "long": len(context.long_items),
+            "clicks": len(context.long_clicks),
+            "orders": len(context.long_orders),
         },
     }
 

@@ -1,4 +1,4 @@
-"""What the service remembers of users: profile, recent queries, recent clicks and long history, with their times.
+"""What the service remembers of users: profile, recent queries, clicks and orders, with their times.
 
 `StateStore` is the seam. Lists are bounded and run oldest to newest; entries older than the time to live are
 forgotten. The embedded store keeps them in one SQLite file, the shared store in Redis; both give the same
@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
-from onesearch.context import KEPT_CLICKS, KEPT_LONG, KEPT_QUERIES, SearchContext, assemble
+from onesearch.context import KEPT_ITEMS, KEPT_QUERIES, SearchContext, assemble
 from onesearch.errors import OneSearchError
 from service.keywords import Entry
 
-History = Literal["queries", "clicks", "long"]
-LIMITS: dict[History, int] = {"queries": KEPT_QUERIES, "clicks": KEPT_CLICKS, "long": KEPT_LONG}
+History = Literal["queries", "clicks", "orders"]
+LIMITS: dict[History, int] = {"queries": KEPT_QUERIES, "clicks": KEPT_ITEMS, "orders": KEPT_ITEMS}
 
 Loss = Literal["unknown_user", "state_unavailable"]
 """What a search of a user may have to do without: the user is new, or the store is away"""
@@ -42,13 +42,13 @@ class UserState:
 
     queries: tuple[Stamped, ...] = ()
     clicks: tuple[Stamped, ...] = ()
-    long: tuple[Stamped, ...] = ()
+    orders: tuple[Stamped, ...] = ()
     profile: str = ""
 
     @property
     def known(self) -> bool:
         """Whether anything is remembered of this user."""
-        return bool(self.queries or self.clicks or self.long or self.profile)
+        return bool(self.queries or self.clicks or self.orders or self.profile)
 
     def before(self, at: float) -> "UserState":
         """What was remembered just before a time."""
@@ -61,7 +61,7 @@ class UserState:
             query,
             [entry.value for entry in self.queries],
             [int(entry.value) for entry in self.clicks],
-            [int(entry.value) for entry in self.long],
+            [int(entry.value) for entry in self.orders],
             self.profile,
             keywords,
         )

@@ -68,7 +68,7 @@ class RedisUsers:
 
     async def forget(self, user: str) -> None:
         pipe = self._redis.pipeline(transaction=True)
-        pipe.delete(*_keys(user))
+        pipe.delete(*_keys(user), user_prefix(user) + "long")  # a list that former versions kept
         await execute(pipe)
 
     def _state(self, replies: list[Any], now: float) -> UserState:

@@ -17,11 +17,14 @@ CREATE INDEX IF NOT EXISTS history_of_user ON history (user, list, id);
 CREATE INDEX IF NOT EXISTS history_by_age ON history (at);
 CREATE TABLE IF NOT EXISTS profile (user TEXT PRIMARY KEY, at REAL NOT NULL, value TEXT NOT NULL) WITHOUT ROWID;
 """
+_LISTS = ", ".join(f"'{name}'" for name in LIMITS)  # an older file may hold others
 # All rows as one: between two rows sqlite3 lets go of the interpreter, and under load it is long in getting it back.
-_READ = """
+_READ = f"""
 SELECT json_group_array(json_array(list, printf('%!.17g', at), value)) FROM (
     SELECT 'profile' AS list, at, value FROM profile WHERE user = ?1 AND at > ?2
-    UNION ALL SELECT * FROM (SELECT list, at, value FROM history WHERE user = ?1 AND at > ?2 ORDER BY id)
+    UNION ALL SELECT * FROM (
+        SELECT list, at, value FROM history WHERE user = ?1 AND at > ?2 AND list IN ({_LISTS}) ORDER BY id
+    )
 )
 """
 _APPEND = "INSERT INTO history (user, list, at, value) VALUES (?, ?, ?, ?)"

@@ -74,7 +74,7 @@ def test_a_flipped_byte_in_any_file_is_noticed(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.update(schema_version=99), "schema_version is 99, this software reads 2"),
+        (lambda m: m.update(schema_version=99), "schema_version is 99, this software reads 3"),
         (lambda m: m.update(digest="0" * 64), "contract digest"),
         (lambda m: m.pop("files"), "not a manifest"),
         (lambda m: m.update(surprise=1), "not a manifest"),

@@ -94,7 +94,7 @@ def test_clicks_change_what_the_model_reads(client: TestClient) -> None:
         assert client.post("/v1/events", json=event).status_code == 202
     body = client.post("/v1/search", json={"query": "bag", "user_id": "ann", "explain": True}).json()
     assert body["degraded"] == []
-    assert body["explain"]["history"] == {"queries": 0, "clicks": 2, "long": 2}
+    assert body["explain"]["history"] == {"queries": 0, "clicks": 2, "orders": 0}
 
 
 def test_damaged_foreign_and_unfinished_bundles_are_refused_in_one_message(bundle: Path, tmp_path: Path) -> None:

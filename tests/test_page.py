@@ -285,7 +285,7 @@ def test_a_shopper_searches_narrows_down_compares_variants_and_changes_the_ranki
         expect(page.get_by_role("status")).to_contain_text("variant control · this user is new")
         page.get_by_text("How this answer was made").click()
         facts = page.locator("#facts")
-        expect(facts).to_contain_text("History used0 queries, 0 clicks, 0 long-term")
+        expect(facts).to_contain_text("History used0 queries, 0 clicks, 0 orders")
         expect(facts).to_contain_text("Beam width512, scores by level")
         impressions = seen.value.post_data_json["events"]
         titles = results(page).locator(".title").all_inner_texts()
@@ -299,7 +299,7 @@ def test_a_shopper_searches_narrows_down_compares_variants_and_changes_the_ranki
         assert sent.value.status == 202
         assert (click["type"], click["request_id"]) == ("click", impressions[0]["request_id"])
         page.get_by_role("button", name="See what changes").click()
-        expect(facts).to_contain_text("History used0 queries, 1 clicks, 1 long-term")
+        expect(facts).to_contain_text("History used0 queries, 1 clicks, 0 orders")
         expect(page.get_by_role("status")).to_contain_text(re.compile("since your last search: .*up"))
         after = results(page).locator(".title").all_inner_texts()
         for place, row in enumerate(results(page).all()):
@@ -316,4 +316,4 @@ def test_a_shopper_searches_narrows_down_compares_variants_and_changes_the_ranki
         expect(page.get_by_role("status")).to_contain_text("variant keywords")
         expect(facts).to_contain_text("Keywordsshoes (from the dictionary)")
         page.get_by_role("button", name="Forget history").click()
-        expect(facts).to_contain_text("History used0 queries, 0 clicks, 0 long-term")
+        expect(facts).to_contain_text("History used0 queries, 0 clicks, 0 orders")

@@ -66,7 +66,7 @@ async def test_what_is_served_equals_what_was_trained(store: Store, tmp_path: Pa
         done += [("order", item) for item in row["purchased_item_ids"]]
         events = [Event(f"{view.session_id}.{i}", kind, item, user, now) for i, (kind, item) in enumerate(done)]
         await store.events.record(events)
-        longest = max(longest, served, key=lambda context: len(context.long_items))
+        longest = max(longest, served, key=lambda context: len(context.long_clicks))
     assert len(longest.recent_items) == MAX_RECENT_ITEMS  # histories were long enough to be cut
     assert max(len(view.context.recent_queries) for view in views) == MAX_RECENT_QUERIES
     assert rendered(replace(longest, recent_items=longest.recent_items[:-1])) != rendered(longest)

@@ -18,7 +18,7 @@ from training.sessions import PageView
 from training.stages import DpoStage
 
 KEYWORDS = Keywords(query=("shoes", "red"), train=("shoes", "acme"), serve=("umbra",))
-CONTEXT = SearchContext("red shoes", "24-30 F", ("blue bag",), (3, 4), (3, 4, 5))
+CONTEXT = SearchContext("red shoes", "24-30 F", ("blue bag",), (3, 4), (3, 4), (5,))
 
 
 def view(clicked: tuple[int, ...], ordered: tuple[int, ...] = (), context: SearchContext = CONTEXT) -> PageView:
@@ -166,7 +166,7 @@ def test_rules_give_the_same_keywords_to_training_and_serving(sources: Sources) 
 
 
 def test_the_prompt_never_holds_the_target_of_its_own_page_view(sources: Sources) -> None:
-    context = replace(CONTEXT, recent_items=(), long_items=())
+    context = replace(CONTEXT, recent_items=(), long_clicks=(), long_orders=())
     (sample,) = search(with_views(sources, view((17,), context=context)))
     first = set(sources.renderer.sids.token_ids(sources.query_sids["red shoes"]).tolist())
     sid_tokens = {i for i in sample.prompt.ids.tolist() if i >= sources.renderer.sids.first_id}

@@ -167,17 +167,18 @@ def test_keywords_are_matched_only_when_asked(searcher: Searcher) -> None:
 def test_history_changes_the_answer(searcher: Searcher) -> None:
     bare = searcher.search(SearchContext("red shoes"), SearchOptions(limit=30))
     known = searcher.search(
-        SearchContext("red shoes", recent_items=(20, 21), long_items=(20, 21)), SearchOptions(limit=30)
+        SearchContext("red shoes", recent_items=(20, 21), long_clicks=(20, 21)), SearchOptions(limit=30)
     )
     assert bare.scores.tolist() != known.scores.tolist()
 
 
 def test_a_repeated_query_is_not_its_own_history() -> None:
-    context = assemble(" Red shoes", ["bag", "BAG ", "red  shoes", "red shoes"], list(range(30)), list(range(200)))
+    context = assemble(" Red shoes", ["bag", "BAG ", "red  shoes", "red shoes"], list(range(200)), list(range(30)))
     assert context.query == "red shoes"
     assert context.recent_queries == ("bag",)
-    assert context.recent_items == tuple(range(10, 30))
-    assert context.long_items == tuple(range(100, 200))
+    assert context.recent_items == tuple(range(180, 200))
+    assert context.long_clicks == tuple(range(100, 200))
+    assert context.long_orders == tuple(range(30))
 
 
 def test_a_search_whose_time_is_up_starts_no_further_level(bundle: Bundle) -> None:

@@ -25,7 +25,7 @@ def full_fields(items: int = 3, queries: tuple[str, ...] = ("blue bag", "red"), 
         uid=np.asarray([[1] * LEVELS, [2] * LEVELS], dtype=np.uint16),
         recent_queries=queries,
         recent_sids=np.arange(items, dtype=np.uint16)[:, None] % np.ones(LEVELS, dtype=np.uint16) + np.uint16(1),
-        history=np.ones((3, HISTORY_DIM), dtype=np.float32),
+        history=np.ones((2, 3, HISTORY_DIM), dtype=np.float32),
         keywords=("shoes", "red"),
     )
     return replace(fields, **changes)  # type: ignore[arg-type]
@@ -112,7 +112,7 @@ def test_text_cannot_spell_a_control_or_sid_token() -> None:
 def test_absent_fields_leave_no_trace_and_no_history_is_zeros() -> None:
     prompt = RENDERER.prompt("search", Fields(query="red"))
     assert [t for t in names(RENDERER, prompt.ids) if t.startswith("<field")] == ["<field_query>"]
-    assert prompt.history.shape == (3, HISTORY_DIM)
+    assert prompt.history.shape == (2, 3, HISTORY_DIM)
     assert not prompt.history.any()
 
 

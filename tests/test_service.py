@@ -181,7 +181,7 @@ def test_history_enters_the_context_and_the_query_itself_does_not(running: Runni
     assert first.recent_queries == again.recent_queries == ()
     assert second.recent_queries == repeat.recent_queries == ("shoes",)
     assert second.recent_items == (FIRST_ID + 1,)
-    assert second.long_items == (FIRST_ID + 1, FIRST_ID + 2)
+    assert (second.long_clicks, second.long_orders) == ((FIRST_ID + 1,), (FIRST_ID + 2,))
     assert (other.recent_queries, other.recent_items) == ((), ())
 
 

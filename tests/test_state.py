@@ -32,7 +32,7 @@ async def do(store: Store, user: str, kind: EventType, item: int, now: float = N
 
 
 def values(state: UserState) -> tuple[list[str], list[str], list[str]]:
-    return tuple([entry.value for entry in part] for part in (state.queries, state.clicks, state.long))  # type: ignore[return-value]
+    return tuple([entry.value for entry in part] for part in (state.queries, state.clicks, state.orders))  # type: ignore[return-value]
 
 
 async def test_a_user_never_seen_is_unknown(store: Store) -> None:
@@ -64,9 +64,9 @@ async def test_items_are_appended_to_the_histories_of_their_events_with_their_ti
     await do(store, "ann", "impression", 10, NOW + 0.5)
     await do(store, "ann", "cart", 11, NOW + 0.75)
     state = await store.users.read("ann", NOW + 1)
-    assert values(state) == ([], ["7"], ["7", "9"])
-    assert [entry.at for entry in state.long] == [NOW, NOW + 0.25]
-    assert values(state.before(NOW + 0.25)) == ([], ["7"], ["7"])
+    assert values(state) == ([], ["7"], ["9"])
+    assert [entry.at for entry in (*state.clicks, *state.orders)] == [NOW, NOW + 0.25]
+    assert values(state.before(NOW + 0.25)) == ([], ["7"], [])
 
 
 async def test_a_profile_replaces_the_former_one_and_can_be_dropped(store: Store) -> None:
@@ -88,7 +88,7 @@ async def test_a_forgotten_user_is_unknown_and_others_stay(store: Store) -> None
         await store.users.set_profile(user, "24-30 F", NOW)
     await store.users.forget("ann")
     assert await store.users.read("ann", NOW) == UserState()
-    assert values(await store.users.read("bob", NOW)) == (["x"], ["1"], ["1"])
+    assert values(await store.users.read("bob", NOW)) == (["x"], ["1"], [])
 
 
 async def test_users_do_not_share_state(store: Store) -> None:
@@ -115,7 +115,7 @@ async def test_times_come_back_to_the_last_bit(store: Store) -> None:
 
 
 async def test_lists_are_bounded_and_keep_the_latest(store: Store) -> None:
-    count = LIMITS["long"] + 5
+    count = LIMITS["clicks"] + 5
     await store.events.record([Event(f"b{i}", "click", i, "ann", NOW + i) for i in range(count)])
     for i in range(LIMITS["queries"] + 5):
         await ask(store, "ann", f"q{i}", NOW + 200 + i)

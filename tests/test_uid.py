@@ -93,7 +93,9 @@ def opened(folder: Path, mode: UidMode = "off", defaults: Mapping[str, tuple[int
 @pytest.mark.parametrize("mode", MODES)
 def test_a_bundle_keeps_its_mode_and_prompts_show_the_id(mode: UidMode, tmp_path: Path) -> None:
     bundle = opened(tmp_path / "parts", mode)
-    fields = bundle.encoder.fields(SearchContext("red shoes", recent_items=(1, 2), long_items=(3, 1, 2)))
+    fields = bundle.encoder.fields(
+        SearchContext("red shoes", recent_items=(1, 2), long_clicks=(3, 1), long_orders=(2,))
+    )
     assert fields.uid is not None and fields.uid.shape == (2, 5)
     sids = bundle.catalog.sids_of
     assert fields.uid.tolist() == user_id(sids((1, 2)), sids((3, 1, 2)), mode, bundle.encoder.codebooks).tolist()  # type: ignore[union-attr]
@@ -114,11 +116,11 @@ def test_the_default_is_the_most_clicked_last_and_equals_by_item_id() -> None:
 def test_users_without_history_get_that_of_their_query(tmp_path: Path) -> None:
     bundle = opened(tmp_path / "parts", "vote", {"red shoes": (4, 2)})
     found = bundle.encoder.fields(SearchContext("Red  shoes"))
-    same = bundle.encoder.fields(SearchContext("red shoes", recent_items=(4, 2), long_items=(4, 2)))
+    same = bundle.encoder.fields(SearchContext("red shoes", recent_items=(4, 2), long_clicks=(4, 2)))
     assert found.recent_sids.tolist() == same.recent_sids.tolist() == bundle.catalog.sids_of((4, 2)).tolist()
     assert found.uid is not None and found.uid.tolist() == same.uid.tolist()  # type: ignore[union-attr]
     assert found.history is not None and found.history.tolist() == same.history.tolist()  # type: ignore[union-attr]
-    for known in (SearchContext("red shoes", recent_items=(9,)), SearchContext("red shoes", long_items=(9,))):
+    for known in (SearchContext("red shoes", recent_items=(9,)), SearchContext("red shoes", long_orders=(9,))):
         assert 4 not in known.recent_items
         assert (
             bundle.encoder.fields(known).recent_sids.tolist()

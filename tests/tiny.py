@@ -31,10 +31,12 @@ SHAPES = {
 }
 
 
-def tiny_model(renderer: Renderer, seed: int = 0, backbone: str = "bart") -> OneSearchModel:
+def tiny_model(
+    renderer: Renderer, seed: int = 0, backbone: str = "bart", history: str = "gates"
+) -> OneSearchModel:
     """Weights large enough that every part of the network moves the logits."""
     torch.manual_seed(seed)
-    shape = dict(backbone=backbone, d_model=32, ffn=64) | SHAPES[backbone]
+    shape = dict(backbone=backbone, d_model=32, ffn=64, history=history) | SHAPES[backbone]
     model = OneSearchModel(ModelConfig.for_renderer(renderer, **shape)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -46,7 +48,7 @@ def tiny_prompt(renderer: Renderer, query: str = "red shoes", seed: int = 0) -> 
     rng = np.random.default_rng(seed)
     sizes = renderer.sids.spec.sizes
     codes = rng.integers(0, sizes, (3, len(sizes))).astype(np.uint16)
-    history = rng.normal(size=(3, renderer.history_dim)).astype(np.float32)
+    history = rng.normal(size=renderer.history_shape).astype(np.float32)
     values = Fields(
         query=query, query_sid=codes[0], recent_sids=codes[1:], history=history, recent_queries=("blue bag",)
     )

@@ -24,7 +24,7 @@ EMBEDDER = EmbedderConfig(buckets=512, svd_dim=16, dim=8)
 CODEBOOKS = CodebookConfig(sizes=(4, 3, 3, 2, 2), iterations=5)
 GOLDEN = (
     SearchContext("red shoes"),
-    SearchContext("blue bag", "24-30 F", ("lamp",), (3, 4), (3, 4, 5)),
+    SearchContext("blue bag", "24-30 F", ("lamp",), (3, 4), (3, 4), (5,)),
     SearchContext("тапочки 拖鞋"),
 )
 HELD_OUT = (HeldOut(GOLDEN[0], (1, 2)), HeldOut(GOLDEN[1], (17,)))
@@ -70,10 +70,10 @@ def write_tiny_identifiers(
     write_identifiers(folder, parts)
 
 
-def write_tiny_bundle(folder: Path, backbone: str = "bart") -> tuple[Path, OneSearchModel]:
+def write_tiny_bundle(folder: Path, backbone: str = "bart", history: str = "gates") -> tuple[Path, OneSearchModel]:
     """Writes `folder/bundle` (not exported) and returns its path and model."""
     write_tiny_identifiers(folder / "identifiers")
-    model = tiny_model(open_renderer(folder / "identifiers"), backbone=backbone)
+    model = tiny_model(open_renderer(folder / "identifiers"), backbone=backbone, history=history)
     target = folder / "bundle"
     write_bundle(
         folder / "identifiers", model, GOLDEN, HELD_OUT, target, {"name": "tiny", "variants": VARIANTS}, {}

@@ -3,7 +3,7 @@
 The plan depends on the seed alone, so a resumed run continues with exactly the batches it would have seen, and
 several processes agree on it without talking.
 
-Legend: B rows of this process, S prompt tokens, T target tokens, E history width.
+Legend: B rows of this process, S prompt tokens, T target tokens, R behaviours, E history width.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ _WINDOW = 32  # batches sorted by length together: little padding, still random
 
 
 class Inputs(NamedTuple):
-    """What the model reads: ids, mask int64 [B, S]; history float32 [B, 3, E]."""
+    """What the model reads: ids, mask int64 [B, S]; history float32 [B, R, 3, E]."""
 
     ids: Tensor
     mask: Tensor

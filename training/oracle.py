@@ -35,7 +35,8 @@ def oracle_keywords(
     def keywords(view: PageView) -> Keywords:
         rng = np.random.default_rng([seed, view.session_id])
         known = wants.get(view.context.query, ())
-        history = Counter(product[item] for item in view.context.long_items if item in product)
+        past = (*view.context.long_clicks, *view.context.long_orders)
+        history = Counter(product[item] for item in past if item in product)
         personal = sorted(known, key=lambda want: -history[want[0]])  # stable: equal ones stay in their order
         clicked = [normalise(product[item]) for item in view.clicked if item in product]
         query = _noisy([phrase for _, phrase in known][:QUERY_KEYWORDS], products, recall, noise, rng)

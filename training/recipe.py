@@ -8,7 +8,7 @@ from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from onesearch.errors import ConfigError
-from onesearch.model_config import BackboneName
+from onesearch.model_config import BackboneName, HistoryMode
 from onesearch.sequence import SequenceConfig
 from training.codebooks import CodebookConfig
 from training.embedder import EmbedderConfig
@@ -61,6 +61,7 @@ class ModelShape:
     """Which network, and its size; the vocabulary and SID grammar come from the data.
 
     encoder_layers is BART's alone; kv_heads and head_dim are Qwen3's alone, 0 for as many, and as wide, as heads imply.
+    history: how a long history enters (`onesearch.history`), by a mean with learned behaviour gates or a Q-Former.
     """
 
     backbone: BackboneName = "bart"
@@ -72,6 +73,7 @@ class ModelShape:
     head_dim: int = 0
     ffn: int = 512
     dropout: float = 0.1
+    history: HistoryMode = "gates"
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 import polars as pl
 
-from onesearch.context import KEPT_CLICKS, KEPT_LONG, KEPT_QUERIES, SearchContext, assemble, profile_text
+from onesearch.context import KEPT_ITEMS, KEPT_QUERIES, SearchContext, assemble, profile_text
 from training.columns import UNKNOWN
 from training.tables import Tables
 
@@ -33,17 +33,17 @@ class PageView:
 
 @dataclass
 class _History:
-    """What a user did so far, oldest first, bounded, as the service records it: an order joins the long history."""
+    """What a user did so far, oldest first, bounded, as the service records it."""
 
     queries: list[str] = field(default_factory=list)
     clicks: list[int] = field(default_factory=list)
-    long: list[int] = field(default_factory=list)
+    orders: list[int] = field(default_factory=list)
 
     def add(self, row: dict[str, Any]) -> None:
         clicked, ordered = row["clicked_item_ids"], row["purchased_item_ids"]
         self.queries = [*self.queries, row["query"]][-KEPT_QUERIES:]
-        self.clicks = [*self.clicks, *clicked][-KEPT_CLICKS:]
-        self.long = [*self.long, *clicked, *ordered][-KEPT_LONG:]
+        self.clicks = [*self.clicks, *clicked][-KEPT_ITEMS:]
+        self.orders = [*self.orders, *ordered][-KEPT_ITEMS:]
 
 
 def page_views(tables: Tables) -> list[PageView]:
@@ -91,7 +91,7 @@ def _page_view(row: dict[str, Any], profiles: dict[int, str], histories: dict[in
     past = histories[user] if user else _History()
     ordered = tuple(row["purchased_item_ids"])
     clicked = tuple(dict.fromkeys((*row["clicked_item_ids"], *ordered)))
-    context = assemble(row["query"], past.queries, past.clicks, past.long, profiles.get(user, ""))
+    context = assemble(row["query"], past.queries, past.clicks, past.orders, profiles.get(user, ""))
     return PageView(
         session_id=int(row["session_id"]),
         user_id=user,

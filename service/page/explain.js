@@ -9,7 +9,7 @@ export function explain(answer) {
     Model: `${answer.model_version} (catalog ${answer.catalog_version})`,
     "Query SID": how.query_sid.join("·"),
     Keywords: answer.keywords.length ? `${answer.keywords.join(", ")} (${SOURCES[how.keyword_source]})` : "none",
-    "History used": `${how.history.queries} queries, ${how.history.clicks} clicks, ${how.history.long} long-term`,
+    "History used": `${how.history.queries} queries, ${how.history.clicks} clicks, ${how.history.orders} orders`,
     "Beam width": `${how.options.width}, scores by ${how.options.score}`,
     "Beams per level": how.beams.join(" → "),
     "Eligible items": how.eligible.toLocaleString(),
