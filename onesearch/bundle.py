@@ -251,7 +251,7 @@ def _read_manifest(folder: Path) -> Manifest:
         version = raw.get("schema_version")
         if version != SCHEMA_VERSION:
             fault = f"{MANIFEST}: schema_version is {version!r}, this software reads {SCHEMA_VERSION}"
-            raise BundleError(f"bundle {folder}", [fault])
+            raise BundleError(f"bundle {folder}", [f"{fault}; make the bundle again"])
         return Manifest(**raw)
     except (OSError, orjson.JSONDecodeError, AttributeError, TypeError) as error:
         raise BundleError(f"bundle {folder}", [f"{MANIFEST}: is missing or not a manifest ({error})"]) from error

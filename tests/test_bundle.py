@@ -74,6 +74,10 @@ def test_a_flipped_byte_in_any_file_is_noticed(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (
+            lambda m: m.update(schema_version=2),
+            "schema_version is 2, this software reads 3; make the bundle again",
+        ),
         (lambda m: m.update(schema_version=99), "schema_version is 99, this software reads 3"),
         (lambda m: m.update(digest="0" * 64), "contract digest"),
         (lambda m: m.pop("files"), "not a manifest"),
@@ -92,6 +96,12 @@ def test_a_foreign_manifest_is_refused(
 
 def test_another_template_version_is_another_contract(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bundle_module, "TEMPLATE_VERSION", 3)
+    with pytest.raises(BundleError, match="another version of the prompt or identifier code"):
+        open_bundle(copy)
+
+
+def test_histories_of_other_behaviours_are_another_contract(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bundle_module, "BEHAVIOURS", ("order", "click"))
     with pytest.raises(BundleError, match="another version of the prompt or identifier code"):
         open_bundle(copy)
 

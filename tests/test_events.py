@@ -34,7 +34,7 @@ async def test_an_event_is_logged_counted_and_remembered_once(store: Store) -> N
     assert logged.kind == "event"
     assert Event(**orjson.loads(logged.body)) == event
     assert (await store.events.counts(0, 10))[1] == {2**63 - 1: Counts(orders=1)}
-    assert [entry.value for entry in (await store.users.read("ann", NOW)).long] == [str(2**63 - 1)]
+    assert [entry.value for entry in (await store.users.read("ann", NOW)).orders] == [str(2**63 - 1)]
 
 
 async def test_counters_are_read_by_what_changed(store: Store) -> None:
@@ -135,7 +135,8 @@ async def test_a_process_killed_at_any_moment_loses_nothing_and_doubles_nothing(
     expected = {item: Counts(clicks=clicked.count(item)) for item in set(clicked)}
     assert (await store.events.counts(0, 100))[1] == expected | {9: Counts(orders=ids.__len__() // 2)}
     state = await store.users.read("ann", 1.7e9)
-    assert [int(e.value) for e in state.long] == [e.item_id for e in logged][-100:]
+    for behaviour, remembered in (("click", state.clicks), ("order", state.orders)):
+        assert [int(e.value) for e in remembered] == [e.item_id for e in logged if e.type == behaviour][-100:]
     await store.close()
     if server:
         server.kill()

@@ -1,12 +1,16 @@
 import json
 import shutil
 from dataclasses import replace
+from itertools import combinations
+from typing import get_args
 
 import numpy as np
 import onnx
 import pytest
 import torch
 from command_line import invoke
+from onnxruntime import InferenceSession
+from tiny import SHAPES, tiny_model, tiny_prompt, tiny_renderer
 from tiny_bundle import write_tiny_bundle
 
 from model_export import cli, gate, parity, quantise, to_onnx, to_triton
@@ -16,7 +20,8 @@ from onesearch.bundle import open_bundle
 from onesearch.context import SearchContext
 from onesearch.decode import BeamResult
 from onesearch.errors import BundleError, ExportError
-from onesearch.model import TorchDecoder
+from onesearch.model import Prefill, TorchDecoder
+from onesearch.model_config import HistoryMode
 from onesearch.runtime import OnnxDecoder, open_decoder
 from onesearch.search import Searcher, SearchOptions, replay, score_gap
 
@@ -68,9 +73,9 @@ def test_an_exported_bundle_opens_and_its_graphs_replay_the_golden_examples(expo
     assert replay(Searcher(bundle, decoder), bundle.examples) == []
 
 
-@pytest.mark.parametrize("backbone", ["gpt2", "qwen3"])
-def test_decoder_only_bundles_export_and_search_like_their_torch_model(tmp_path, backbone, monkeypatch):
-    path, model = write_tiny_bundle(tmp_path, backbone)
+@pytest.mark.parametrize(("backbone", "history"), [("gpt2", "gates"), ("qwen3", "qformer")])
+def test_decoder_only_bundles_export_and_search_like_their_torch_model(tmp_path, backbone, history, monkeypatch):
+    path, model = write_tiny_bundle(tmp_path, backbone, history)
     stamp = export_onnx(path, "int8", lambda step: None)
     fp32, int8 = stamp["parity"]["fp32"], stamp["parity"]["int8"]
     assert fp32["logits"] <= 1e-4 and fp32["logits"] < int8["logits"] < 0.5
@@ -91,6 +96,34 @@ def test_decoder_only_bundles_export_and_search_like_their_torch_model(tmp_path,
     with pytest.raises(ExportError, match=r"int8: top 10 overlaps fp32 by 0\.\d+ on 2 held-out searches"):
         export_onnx(path, "int8", lambda step: None)
     assert open_bundle(path).graph_stamp == stamp
+
+
+def presences(model):
+    """Histories [1, R, 3, E] of users with clicks, with orders, with both and with none."""
+    history = torch.randn(model.config.history_shape)
+    known = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [0.0, 0.0]])
+    return (history * known[..., None, None])[:, None].numpy()
+
+
+@pytest.mark.parametrize("backbone", SHAPES)
+@pytest.mark.parametrize("history", get_args(HistoryMode))
+def test_the_prefill_graph_reads_whatever_behaviours_a_user_has(tmp_path, backbone, history):
+    renderer = tiny_renderer()
+    model, ids = tiny_model(renderer, 0, backbone, history), tiny_prompt(renderer).ids[None]
+    to_onnx.export_prefill(model, tmp_path / "prefill.onnx")
+    quantise.quantise_graph(tmp_path / "prefill.onnx", tmp_path / "prefill.int8.onnx")
+    plain, int8 = (InferenceSession(tmp_path / f"prefill{kind}.onnx") for kind in ("", ".int8"))
+    answers = []
+    for vectors in presences(model):
+        feeds = {"ids": ids, "mask": np.ones_like(ids), "history": vectors}
+        with torch.no_grad():
+            expected = Prefill(model)(*(torch.from_numpy(array) for array in feeds.values()))
+        found, rough = plain.run(None, feeds), int8.run(None, feeds)
+        for context, near, expected_context in zip(found, rough, expected, strict=True):
+            np.testing.assert_allclose(context, expected_context.numpy(), atol=1e-4)
+            np.testing.assert_allclose(near, context, atol=0.2 * np.abs(context).max() + 1e-6)
+        answers.append(found[-1])
+    assert all(np.abs(a - b).max() > 1e-3 for a, b in combinations(answers, 2))
 
 
 def test_the_stamp_says_what_was_made_and_how_close_it_is(exported):

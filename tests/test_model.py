@@ -1,3 +1,5 @@
+from typing import get_args
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from transformers import AutoConfig, AutoModel, BartConfig, GPT2Config, Qwen3Con
 from onesearch.decode import BeamConfig, beam_search
 from onesearch.errors import BundleError, ConfigError
 from onesearch.model import OneSearchModel, TorchDecoder
-from onesearch.model_config import ModelConfig
+from onesearch.model_config import HistoryMode, ModelConfig
 from onesearch.pretrained import from_pretrained
 from onesearch.sequence import Fields, Prompt
 from trie import SidTrie
@@ -18,9 +20,9 @@ def renderer():
     return tiny_renderer()
 
 
-@pytest.fixture(scope="module", params=SHAPES)
+@pytest.fixture(scope="module", params=[(name, kind) for name in SHAPES for kind in get_args(HistoryMode)])
 def model(renderer, request):
-    return tiny_model(renderer, backbone=request.param)
+    return tiny_model(renderer, 0, *request.param)
 
 
 def batch(prompts, pad):
@@ -35,8 +37,8 @@ def batch(prompts, pad):
 def embedded_prompt(model, prompt):
     ids = torch.from_numpy(prompt.ids)[None]
     embeds = model.backbone.get_input_embeddings()(ids)
-    for slot, token in enumerate(model.config.history_ids):
-        vector = model.history.weight @ torch.from_numpy(prompt.history[slot])
+    vectors = model.history(torch.from_numpy(prompt.history)[None])[0]
+    for vector, token in zip(vectors, model.config.history_ids, strict=True):
         embeds = embeds + (ids == token)[..., None] * vector
     return embeds
 
@@ -122,21 +124,23 @@ def test_text_logits_are_causal_over_the_full_vocabulary(renderer, model):
 
 
 def test_history_vectors_enter_only_at_their_placeholders(renderer, model):
-    history = torch.randn(1, 3, HISTORY_DIM)
+    history = torch.randn(1, 2, 3, HISTORY_DIM)
     ids = torch.tensor([[renderer.bos, renderer.history_ids[1], renderer.eos]])
     moved = model.embed_prompt(ids, history) - model.embed(ids)
-    torch.testing.assert_close(moved[0, 1], model.history(history[0, 1]))
+    torch.testing.assert_close(moved[0, 1], model.history(history)[0, 1])
     assert moved[0, [0, 2]].abs().max() == 0
 
 
+@pytest.mark.parametrize("kind", get_args(HistoryMode))
 @pytest.mark.parametrize("backbone", SHAPES)
-def test_gradients_reach_history_and_both_ends_of_the_tied_embedding(renderer, backbone):
-    model = tiny_model(renderer, backbone=backbone).train()
+def test_gradients_reach_history_and_both_ends_of_the_tied_embedding(renderer, backbone, kind):
+    model = tiny_model(renderer, backbone=backbone, history=kind).train()
     target = torch.from_numpy(renderer.sids.token_ids(np.array([[1, 2, 3, 0, 4]])))
     sum(
         level.logsumexp(-1).sum() for level in model.sid_logits(*batch([tiny_prompt(renderer)], 0), target)
     ).backward()
-    assert model.history.weight.grad.abs().sum() > 0
+    learned = model.history.gates if kind == "gates" else model.history.behaviours
+    assert model.history.projection.weight.grad.abs().sum() > 0 and (learned.grad.abs() > 0).any(-1).all()
     first = renderer.sids.first_id
     assert (model.embedding.grad[first : first + sum(SIZES)].abs().sum(1) > 0).all()
 
@@ -144,7 +148,7 @@ def test_gradients_reach_history_and_both_ends_of_the_tied_embedding(renderer, b
 def test_weights_round_trip(renderer, model, tmp_path):
     path = tmp_path / "weights.safetensors"
     model.save_weights(path)
-    other = tiny_model(renderer, seed=1, backbone=model.config.backbone)
+    other = tiny_model(renderer, 1, model.config.backbone, model.config.history)
     other.load_weights(path)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
     if model.config.backbone == "bart":
@@ -157,6 +161,8 @@ def test_foreign_or_damaged_weights_are_refused(renderer, tmp_path):
     path = tmp_path / "weights.safetensors"
     model.save_weights(path)
     wide = OneSearchModel(ModelConfig.for_renderer(renderer, d_model=16, heads=2))
+    with pytest.raises(BundleError, match=r"(?s)'history\.behaviours': is missing.*'history\.gates': is unknown"):
+        tiny_model(renderer, history="qformer").load_weights(path)
     with pytest.raises(BundleError, match=r"'bart.*is unknown.*\n?.*'gpt2.*is missing"):
         tiny_model(renderer, backbone="gpt2").load_weights(path)
     with pytest.raises(BundleError, match=r"has shape .*, expected"):
@@ -197,6 +203,8 @@ def test_config_round_trips_and_names_what_is_wrong(renderer, model):
         ModelConfig.for_renderer(renderer, kv_heads=2)
     with pytest.raises(ConfigError, match="backbone: 'mamba' is unknown, expected one of 'bart', 'gpt2', 'qwen3'"):
         ModelConfig.for_renderer(renderer, backbone="mamba")
+    with pytest.raises(ConfigError, match="history: 'mean' is unknown, expected one of 'gates', 'qformer'"):
+        ModelConfig.for_renderer(renderer, history="mean")
     with pytest.raises(ConfigError, match="colour"):
         ModelConfig.from_json(b'{"colour": 1}')
 
@@ -235,7 +243,7 @@ def test_a_pretrained_checkpoint_keeps_its_function_and_gains_rows(renderer, tmp
     else:
         expected = network(input_ids=torch.cat([ids, inputs], 1)).last_hidden_state[:, ids.shape[1] :]
     mask = torch.ones_like(ids)
-    found = model.decode(model.encode(ids, mask, torch.zeros(1, 3, HISTORY_DIM)), mask, target)
+    found = model.decode(model.encode(ids, mask, torch.zeros(1, 2, 3, HISTORY_DIM)), mask, target)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     assert len(model.embedding) == renderer.vocab_size
     assert model.embedding[renderer.sids.first_id :].std() > 0

@@ -1,5 +1,7 @@
 """The search graph finds what the decode loop finds: every backbone, any trie, masks, ties, short beams."""
 
+from typing import get_args
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from model_export.to_tensorrt import operator_faults
 from onesearch.decode import BeamConfig, beam_search
 from onesearch.errors import ConfigError, ExportError
 from onesearch.model import TorchDecoder
+from onesearch.model_config import HistoryMode
 from trie import SidTrie
 
 QUERIES = ("red shoes", "blue", "bag bag bag")
@@ -49,13 +52,15 @@ def expect_decode_loop(found, model, renderer, trie, shape, prompts, masks):
         np.testing.assert_allclose(answer.scores, expected.scores, atol=2e-5)
 
 
-@pytest.mark.parametrize("backbone", SHAPES)
+@pytest.mark.parametrize(("backbone", "history"), [*((name, "gates") for name in SHAPES), ("bart", "qformer")])
 @pytest.mark.parametrize("width", [1, 12, 512])
-def test_it_finds_what_the_decode_loop_finds(renderer, backbone, width):
-    model, trie, rng = tiny_model(renderer, backbone=backbone), random_trie(width), np.random.default_rng(width)
+def test_it_finds_what_the_decode_loop_finds(renderer, backbone, history, width):
+    model, trie, rng = tiny_model(renderer, 0, backbone, history), random_trie(width), np.random.default_rng(width)
     shape = SearchShape.fit(trie, batch=5, width=width, top_n=min(width, 50), prompt=40)
     prompts = [tiny_prompt(renderer, query, seed) for seed, query in enumerate(QUERIES)] * 2
     prompts = prompts[:5]
+    for behaviour, prompt in enumerate(prompts[:2]):  # of two users one behaviour each is not known
+        prompt.history[behaviour] = 0
     nothing, few = np.zeros(trie.num_sids, bool), rng.random(trie.num_sids) < 0.02
     masks = [None, few, rng.random(trie.num_sids) < 0.5, nothing, None]
     feeds = shape.request_feeds(prompts, masks, trie.num_sids) | shape.trie_feeds(trie)
@@ -78,8 +83,10 @@ def test_equal_scores_are_ordered_by_code(renderer):
     expect_decode_loop([found], model, renderer, trie, shape, [prompt], [None])
 
 
-def test_one_onnx_graph_serves_two_catalogs(renderer, tmp_path):
-    model, trie, rng = tiny_model(renderer, backbone="qwen3"), random_trie(1), np.random.default_rng(1)
+@pytest.mark.parametrize("history", get_args(HistoryMode))
+def test_one_onnx_graph_serves_two_catalogs(renderer, tmp_path, history):
+    model, trie = tiny_model(renderer, backbone="qwen3", history=history), random_trie(1)
+    rng = np.random.default_rng(1)
     shape = SearchShape.fit(trie, batch=2, width=16, top_n=10, prompt=40)
     export_search(model, shape, tmp_path / "search.onnx")
     assert SearchShape.load(tmp_path / "search.json") == shape

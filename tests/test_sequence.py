@@ -116,6 +116,18 @@ def test_absent_fields_leave_no_trace_and_no_history_is_zeros() -> None:
     assert not prompt.history.any()
 
 
+def test_history_vectors_can_be_left_out_of_prompts() -> None:
+    config = SequenceConfig(history_vectors=False)
+    renderer = Renderer(RENDERER.tokenizer, RENDERER.sids.spec, config, HISTORY_DIM)
+    prompt, without = (
+        renderer.prompt("search", full_fields()),
+        RENDERER.prompt("search", full_fields(history=None)),
+    )
+    assert prompt.ids.tolist() == without.ids.tolist() and not prompt.history.any()
+    with pytest.raises(ConfigError, match="history_vectors: 1, expected true or false"):
+        SequenceConfig(history_vectors=1)  # type: ignore[arg-type]
+
+
 def test_history_vectors_stand_behind_three_placeholders() -> None:
     prompt = RENDERER.prompt("search", full_fields())
     assert [i for i in prompt.ids.tolist() if i in RENDERER.history_ids] == list(RENDERER.history_ids)

@@ -43,8 +43,8 @@ def test_history_is_cut_at_the_page_views_own_time() -> None:
             [
                 row(1, 20, "C", [3]),
                 row(1, 10, "a", [1]),
-                row(1, 20, "d", [4]),
-                row(1, 10, "B", [2]),
+                row(1, 20, "d", [4], [4]),
+                row(1, 10, "B", [2], [2]),
                 row(2, 5, "z", [9]),
             ]
         )
@@ -52,6 +52,9 @@ def test_history_is_cut_at_the_page_views_own_time() -> None:
     by_query = {view.context.query: view for view in views}
     assert by_query["a"].context.recent_items == by_query["b"].context.recent_items == ()
     assert by_query["c"].context.recent_items == by_query["d"].context.recent_items == (1, 2)
+    assert by_query["c"].context.long_clicks == by_query["d"].context.long_clicks == (1, 2)
+    assert by_query["a"].context.long_orders == by_query["b"].context.long_orders == ()
+    assert by_query["c"].context.long_orders == by_query["d"].context.long_orders == (2,)
     assert by_query["c"].context.recent_queries == ("a", "b")
     assert by_query["a"].context.profile == "24-30 F"
     assert by_query["z"].context.profile == ""
@@ -68,12 +71,17 @@ def test_bootstrapped_queries_have_no_history() -> None:
     assert views[1].context.recent_items == ()
 
 
-@given(st.lists(st.tuples(st.integers(1, 2), st.integers(0, 5), st.integers(1, 29)), min_size=1, max_size=12))
-def test_changing_an_outcome_never_changes_its_own_context(events: list[tuple[int, int, int]]) -> None:
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 2), st.integers(0, 5), st.integers(1, 29), st.booleans()), min_size=1, max_size=12
+    )
+)
+def test_changing_an_outcome_never_changes_its_own_context(events: list[tuple[int, int, int, bool]]) -> None:
     def views(shift: int) -> list[tuple[int, object]]:
-        rows = [
-            row(u, t, f"q{i}", [item if i else (item + shift) % 29 + 1]) for i, (u, t, item) in enumerate(events)
-        ]
+        rows = []
+        for i, (user, time, item, bought) in enumerate(events):
+            clicked = [item if i else (item + shift) % 29 + 1]
+            rows.append(row(user, time, f"q{i}", clicked, clicked if bought else []))
         return [(v.time, v.context) for v in page_views(tables(rows))]
 
     first_time = events[0][1]

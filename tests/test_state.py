@@ -120,10 +120,11 @@ async def test_lists_are_bounded_and_keep_the_latest(store: Store) -> None:
     for i in range(LIMITS["queries"] + 5):
         await ask(store, "ann", f"q{i}", NOW + 200 + i)
     await do(store, "bob", "click", 1)
-    queries, clicks, long = values(await store.users.read("ann", NOW + 300))
+    await store.events.record([Event(f"o{i}", "order", i, "ann", NOW + i) for i in range(3)])
+    queries, clicks, orders = values(await store.users.read("ann", NOW + 300))
     assert queries == [f"q{i}" for i in range(5, LIMITS["queries"] + 5)]
     assert clicks == [str(i) for i in range(count - LIMITS["clicks"], count)]
-    assert long == [str(i) for i in range(5, count)]
+    assert orders == ["0", "1", "2"]  # however many clicks there are
     assert values(await store.users.read("bob", NOW + 300))[1] == ["1"]
 
 
@@ -192,6 +193,20 @@ async def test_sqlite_gives_back_the_space_of_forgotten_users(tmp_path: Path) ->
     db.close()
 
 
+async def test_sqlite_leaves_out_a_list_of_a_former_version_and_forgets_it_too(tmp_path: Path) -> None:
+    path = tmp_path / "state.sqlite3"
+    store = sqlite_store(path, TTL, RETENTION)
+    await do(store, "ann", "click", 7)
+    with sqlite3.connect(path) as db:
+        db.execute("INSERT INTO history (user, list, at, value) VALUES ('ann', 'long', ?, '9')", (NOW,))
+    assert values(await ask(store, "ann", "shoes")) == ([], ["7"], [])
+    await store.users.forget("ann")
+    with sqlite3.connect(path) as db:
+        assert db.execute("SELECT * FROM history").fetchall() == []
+    db.close()
+    await store.close()
+
+
 async def test_a_state_file_that_is_no_database_is_a_config_error(tmp_path: Path) -> None:
     path = tmp_path / "state.sqlite3"
     path.write_bytes(b"not a database" * 100)
@@ -231,4 +246,17 @@ async def test_redis_does_a_visit_in_one_round_trip_and_sets_an_expiry(redis_url
         keys = [key async for key in client.scan_iter()]
         assert keys == ["onesearch:user:ann:queries"]
         assert TTL - 5 < await client.ttl(keys[0]) <= TTL
+    await store.close()
+
+
+@pytest.mark.redis
+async def test_redis_leaves_out_a_list_of_a_former_version_and_forgets_it_too(redis_url: str) -> None:
+    store = redis_store(redis_url, TTL, RETENTION, timeout_seconds=5.0)
+    async with Redis.from_url(redis_url, decode_responses=True) as client:
+        await client.flushall()
+        await do(store, "ann", "click", 7)
+        await client.rpush("onesearch:user:ann:long", f"{NOW!r} 9")
+        assert values(await ask(store, "ann", "shoes")) == ([], ["7"], [])
+        await store.users.forget("ann")
+        assert [key async for key in client.scan_iter("onesearch:user:*")] == []
     await store.close()

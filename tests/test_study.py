@@ -80,17 +80,18 @@ def test_the_report_is_written_whole_and_names_what_was_not_run(tmp_path) -> Non
     assert (tmp_path / "s.png").stat().st_size > 1000
 
 
-def test_every_committed_run_belongs_to_a_row_as_it_is_now() -> None:
+@pytest.mark.parametrize("name", study.STUDIES)
+def test_every_committed_run_belongs_to_a_row_as_it_is_now(name: str) -> None:
     """Otherwise the report would lose it without a word, say for a key that recipes gained."""
-    folder = Path(study.__file__).parent / "studies" / f"{study.STUDY}.runs"
+    folder = Path(study.__file__).parent / "studies" / f"{name}.runs"
     runs = sorted(tuple(path.stem.rsplit("-", 1)) for path in folder.glob("*.json"))
-    assert sorted((row, str(seed)) for row, seed in study.known_runs(folder, study.rows())) == runs != []
+    assert sorted((row, str(seed)) for row, seed in study.known_runs(folder, study.STUDIES[name]())) == runs != []
 
 
 def test_every_row_is_a_recipe_and_changed_rows_are_run_again(tmp_path) -> None:
-    everything = study.rows()
+    everything = study.ablation()
     assert {"v1", "cot", "rag", "sdft", "pars", "grpo", "tpma", "v2"} <= everything.keys()
-    for row in everything.values():
+    for row in (*everything.values(), *study.history().values()):
         study.recipe_of(row, 1)
     row = everything["v1"]
     line = {"row": "v1", "seed": 1, "fingerprint": study.fingerprint(row)}
