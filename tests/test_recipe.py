@@ -51,6 +51,14 @@ def test_every_recipe_of_the_project_reads(path: Path) -> None:
         ('name = "x"\n' + STAGE + "kw_mix = 1.5\n", r"kw_mix: 1\.5, expected a share"),
         ('name = "x"\n' + STAGE.replace("1.0", "0.0"), "positive shares"),
         ('name = "x"\nmodel = 3\n' + STAGE, "model: 3, expected a table"),
+        (
+            'name = "x"\n[model]\nhistory = "mean"\n' + STAGE,
+            "model.history: 'mean', expected one of 'gates', 'qformer'",
+        ),
+        (
+            'name = "x"\n[sequence]\nhistory_vectors = 1\n' + STAGE,
+            "history_vectors: 1, expected a value of type bool",
+        ),
         ('name = "x"\nseed = -1\n' + STAGE, "seed: -1, expected at least 0"),
         ('name = "x"\nthreads = 0\n' + STAGE, "threads: 0, expected at least 1"),
         ('name = "x"\nseed = true\n' + STAGE, "seed: True, expected a value of type int"),

@@ -76,6 +76,7 @@ def test_the_report_is_written_whole_and_names_what_was_not_run(tmp_path) -> Non
     assert document["not run"] == ["never"]
     assert [row["row"] for row in document["rows"]] == ["v1", "cot"]
     text = (tmp_path / "s.md").read_text()
+    assert text.startswith("# S study") and "`python -m benchmarks.study --study s`" in text
     assert "| COT | 1 | 2 |" in text and "effect" in text
     assert (tmp_path / "s.png").stat().st_size > 1000
 
