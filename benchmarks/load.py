@@ -192,7 +192,7 @@ async def measure(server: Server, concurrency: int, seconds: float, seed: int) -
     past, _, _ = await run("200 %", 2 * saturation, 2 * seconds)
     _, samples, start = await run("after", 0.5 * saturation)
     back = recovery(samples, start, 2 * idle)
-    await asyncio.sleep(2)  # until the service is idle again and beams are wide
+    await asyncio.sleep(1)  # until the service is idle again and beams are wide
     for row in rows:
         shares = await load.recall(kept[row["phase"]])
         row["recall"] = round(statistics.fmean(shares), 4) if shares else None

@@ -3,7 +3,9 @@
 At most `concurrency` searches run and one more is at hand, so that a thread that gets free goes on without asking the
 event loop first; the others wait in one bounded queue, first come first served. A search that cannot be answered
 before its deadline is turned away at once, because work that comes too late costs the ones behind it. Before anything
-is turned away beams get narrower, down a ladder of width, width/2 and width/4: see `Queue`.
+is turned away beams get narrower: each half round of searches that wait costs one rung of the ladder (width, width/2,
+width/4), which keeps the queue short when it is still cheap to do so. The pressure of a burst fades over `_MEMORY`
+seconds: wide beams in the middle of a burst would only let the queue grow again.
 """
 
 import asyncio
@@ -18,9 +20,7 @@ from service.problems import Refused
 NARROW_BEAM = "narrow_beam"
 _RUNGS = 3
 _AT_HAND = 1
-_MEMORY = 0.5  # seconds that the mean length of the queue looks back
-_CALM = 0.25  # seconds that it has to be short for each rung back
-_LONG, _SHORT = 0.5, 0.1  # mean lengths in rounds: of a queue that costs a rung, of one that gives it back
+_MEMORY = 0.5
 _WEIGHT = 0.1
 _MARGIN = 2.0  # estimates are means: twice as much is planned for
 
@@ -48,44 +48,6 @@ class ServiceTimes:
         self._means[kind, width] = known + _WEIGHT * (seconds - known)
 
 
-class Queue:
-    """How many searches wait, how many did so on average lately, and the rung of the ladder that this calls for.
-
-    Rounds that wait now cost a rung each at once. A mean of `_LONG` rounds, that of random arrivals where six tenths of
-    the time are used (M/D/1), costs a rung too, and twice as much two, until it has been under `_SHORT` for a while: so
-    few wait where even beams twice as wide would leave room. One caller who asks again and again keeps searches as
-    busy as a crowd does, but nobody waits.
-    """
-
-    def __init__(self, concurrency: int) -> None:
-        self._concurrency = concurrency
-        self._length, self._mean, self._rung = 0, 0.0, 0
-        self._seen = self._stirred = time.monotonic()
-
-    def becomes(self, length: int) -> None:
-        """So many searches wait from now on, the one at hand included."""
-        self._look()
-        self._length = length
-
-    def rung(self) -> int:
-        """How many rungs down the next search goes."""
-        self._look()
-        return min(max(self._rung, (self._length - 1) // self._concurrency), _RUNGS - 1)
-
-    def _look(self) -> None:
-        """Bring mean and rung up to the present moment."""
-        now, before, short = time.monotonic(), self._mean, _SHORT * self._concurrency
-        self._mean = self._length + (before - self._length) * math.exp((self._seen - now) / _MEMORY)
-        if self._mean > short:
-            self._stirred = now
-        elif before > short:
-            self._stirred = self._seen + _MEMORY * math.log((before - self._length) / (short - self._length))
-        self._seen = now
-        while self._rung and now - self._stirred > _CALM:
-            self._rung, self._stirred = self._rung - 1, self._stirred + _CALM
-        self._rung = max(self._rung, min(int(self._mean / self._concurrency / _LONG), _RUNGS - 1))
-
-
 class Admission:
     """The gate in front of inference. `waiting` and `running` count the searches on either side of it.
 
@@ -103,8 +65,8 @@ class Admission:
         self._places = concurrency + _AT_HAND
         self._slots = asyncio.Semaphore(self._places)
         self._times = ServiceTimes()
-        self._queue = Queue(concurrency)
         self.waiting = self.running = 0
+        self._pressure, self._felt = 0.0, -math.inf
 
     @asynccontextmanager
     async def slot(self, kind: Hashable, width: int, limit: int, deadline: float) -> AsyncIterator[int]:
@@ -158,13 +120,20 @@ class Admission:
     def _count(self, waiting: int = 0, running: int = 0) -> None:
         self.waiting += waiting
         self.running += running
-        self._queue.becomes(self.waiting + max(0, self.running - self._concurrency))
         self._announce(self.waiting, self.running)
 
     def _choose(self, kind: Hashable, rungs: tuple[int, ...], left: float) -> int:
-        """The widest beam that the queue allows and that fits into the time left; the narrowest if none does."""
-        allowed = rungs[min(self._queue.rung(), len(rungs) - 1) :]
-        return next((width for width in allowed if self._times.estimate(kind, width) <= left), rungs[-1])
+        """The widest beam that the pressure allows and that fits into the time left; the narrowest if none does."""
+        pressed = min(int(2 * self._press() / self._concurrency), len(rungs) - 1)
+        fitting = (width for width in rungs[pressed:] if self._times.estimate(kind, width) <= left)
+        return next(fitting, rungs[-1])
+
+    def _press(self) -> float:
+        """Searches that wait or are at hand now, or what has not faded of those before, if that is more."""
+        now = time.monotonic()
+        faded = self._pressure * math.exp((self._felt - now) / _MEMORY)
+        self._pressure, self._felt = max(faded, self.waiting + max(0, self.running - self._concurrency)), now
+        return self._pressure
 
 
 def ladder(width: int, limit: int) -> tuple[int, ...]:

@@ -2,11 +2,9 @@
 
 import asyncio
 import os
-import random
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ from onesearch.context import SearchContext
 from onesearch.errors import ConfigError, DeadlineError
 from onesearch.live import LiveCatalog
 from onesearch.search import Clock, SearchOptions, SearchResult
-from service.admission import Admission, Overloaded, Queue, ladder
+from service.admission import Admission, Overloaded, ladder
 from service.app import create_app
 from service.inference import EmbeddedRunner, own_cores, search_threads
 from service.limits import RateLimit, TooManyRequests
@@ -71,11 +69,14 @@ async def test_a_full_queue_turns_away_at_once() -> None:
         await use(gate, 0)
     assert caught.value.retry_after >= 1
     await asyncio.gather(*running)
-    assert (gate.waiting, gate.running) == (0, 0)
-    assert await use(gate, 0) > 0
+    await asyncio.sleep(1.5)  # until the pressure has faded
+    assert await use(gate, 0) == 512
 
 
-async def test_a_queue_too_long_for_the_deadline_turns_away_at_once_and_a_patient_search_waits() -> None:
+async def test_a_queue_too_long_for_the_deadline_turns_away_at_once_and_a_patient_search_waits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("service.admission._MEMORY", 1e-9)
     gate = Admission(1, 100)
     for width in (512, 256, 128):
         gate._times.observe("bundle", width, 0.04)
@@ -99,7 +100,10 @@ async def test_work_whose_deadline_has_passed_is_not_started() -> None:
     await asyncio.gather(*running)
 
 
-async def test_each_round_that_waits_costs_a_rung_at_once() -> None:
+async def test_beams_narrow_step_by_step_with_the_queue_and_widen_when_it_is_gone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("service.admission._MEMORY", 1e-9)
     gate = Admission(2, 100)
     release = [asyncio.Event() for _ in range(7)]
     given: list[int] = []
@@ -114,78 +118,25 @@ async def test_each_round_that_waits_costs_a_rung_at_once() -> None:
         await asyncio.sleep(0.001)
         event.set()
     await asyncio.gather(*searches)
-    # The third is at hand, which costs nothing. When the fourth is at hand, three wait behind it, and so on.
-    assert given == [512, 512, 512, 256, 256, 512, 512]
+    # The third is at hand, one rung down. Behind the next ones wait 3, 2 and 1, and each is at hand itself: 4, 3 and 2
+    # are two rungs down. The last one is alone at hand.
+    assert given == [512, 512, 256, 128, 128, 128, 256]
+    assert await use(gate, 0) == 512
 
 
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The time, as the gate sees it."""
-    now = [100.0]
-    monkeypatch.setattr("service.admission.time.monotonic", lambda: now[0])
-    return now
-
-
-def test_a_queue_that_is_there_on_average_costs_rungs_until_it_has_been_gone_for_a_while(
-    clock: list[float],
-) -> None:
-    queue = Queue(4)
-
-    def at(seconds: float) -> int:
-        clock[0] = 100 + seconds
-        return queue.rung()
-
-    queue.becomes(4)  # one round, so the mean is 1 - exp(-2 t) rounds, half a round after 0.347 s
-    assert (at(0), at(0.34), at(0.35), at(3)) == (0, 0, 1, 1)
-    queue.becomes(8)  # towards two rounds; one after almost no time, since the mean is 0.998
-    assert at(3.01) == 2
-    queue.becomes(
-        0
-    )  # from 1.02; seen above a tenth until ln(10.2) / 2 = 1.16 s later, then a rung each quarter second
-    assert (at(4.17), at(4.4), at(4.43), at(4.65), at(4.7)) == (2, 2, 1, 1, 0)
-    queue.becomes(9)
-    assert at(4.7) == 2  # two full rounds behind the one at hand
-    queue.becomes(0)
-    assert at(4.7) == 0  # so short a queue leaves nothing behind
-    queue.becomes(4)
-    clock[0] += 2
-    queue.becomes(0)
-    clock[0] += 60  # nobody asked meanwhile
-    assert queue.rung() == 0
-
-
-@pytest.mark.parametrize(("used", "low", "high"), [(0.2, 0.0, 0.05), (0.4, 0.0, 0.3), (0.9, 0.8, 1.0)])
-def test_random_arrivals_narrow_beams_as_the_time_fills_up(
-    clock: list[float], used: float, low: float, high: float
-) -> None:
-    # One search at a time, each takes 10 ms whatever its width; a caller who waits for each answer queues never.
-    queue, chance, service = Queue(1), random.Random(7), 0.01
-    ends: deque[float] = deque()
-    narrowed, count, arrival = 0, 20_000, clock[0]
-    for _ in range(count):
-        arrival += chance.expovariate(used / service)
-        while ends and ends[0] <= arrival:
-            clock[0] = ends.popleft()
-            queue.becomes(max(0, len(ends) - 1))
-        clock[0] = arrival
-        ends.append(max(arrival, ends[-1] if ends else 0.0) + service)
-        queue.becomes(len(ends) - 1)
-        narrowed += queue.rung() > 0
-    assert low <= narrowed / count <= high
-
-
-def test_one_caller_who_asks_without_pause_keeps_full_beams(clock: list[float]) -> None:
-    gate = Admission(1, 10)
-
-    async def ask() -> list[int]:
-        given = []
-        for _ in range(200):
-            async with gate.slot("bundle", 512, 20, clock[0] + 60) as width:
-                given.append(width)
-                clock[0] += 0.01
-        return given
-
-    assert asyncio.run(ask()) == [512] * 200
+async def test_the_pressure_of_a_burst_fades(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr("service.admission.time.monotonic", lambda: clock[0])
+    gate = Admission(2, 100)
+    gate.waiting = 4
+    assert gate._choose("bundle", ladder(512, 20), 9) == 128
+    gate.waiting = 0
+    widths = []
+    for _ in range(4):
+        clock[0] += 0.25
+        widths.append(gate._choose("bundle", ladder(512, 20), 9))
+    # 4 e^-0.5 = 2.4 and e^-1 = 1.5 of it: two rungs down, then one; 0.9 and 0.5: none.
+    assert widths == [128, 256, 512, 512]
 
 
 async def test_a_beam_narrows_to_fit_the_time_left_and_an_idle_service_always_tries() -> None:
@@ -208,7 +159,8 @@ async def test_service_times_are_learnt_per_bundle_and_width_and_failures_teach_
     assert gate.running == 0
 
 
-async def test_a_caller_that_leaves_the_queue_leaves_no_trace() -> None:
+async def test_a_caller_that_leaves_the_queue_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.admission._MEMORY", 1e-9)
     gate = Admission(1, 10)
     *running, leaving = (asyncio.create_task(use(gate, 0.03)) for _ in range(3))
     await asyncio.sleep(0.005)
@@ -314,7 +266,7 @@ async def test_a_flooded_service_narrows_then_refuses_with_retry_after_and_recov
     assert f'onesearch_degraded_total{{reason="narrow_beam"}} {float(len(narrow))}' in text
     assert "onesearch_searches_waiting 0.0" in text
     assert 'onesearch_stage_seconds_count{stage="queue"' in text
-    await asyncio.sleep(3)  # until the queue has been gone for a while
+    await asyncio.sleep(2)  # until the pressure has faded
     after = client.post("/v1/search", json={"query": "shoes"}).json()
     assert after["degraded"] == []
 
