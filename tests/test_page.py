@@ -22,6 +22,7 @@ from service.settings import Settings
 from service.store import open_store
 
 pytestmark = pytest.mark.browser
+expect.set_options(timeout=30_000)  # a busy machine may take its time
 
 QUIET = [
     "--no-sandbox",
@@ -83,7 +84,7 @@ def opened(browser: Browser, site: Site) -> Iterator[Page]:
     """A fresh page of a fresh visitor; fails if it logs an error or asks any other host."""
     context = browser.new_context(base_url=site.address, locale="en-GB")
     page = context.new_page()
-    page.set_default_timeout(5000)
+    page.set_default_timeout(30_000)
     faults: list[str] = []
     page.on("pageerror", lambda error: faults.append(str(error)))
     page.on(
