@@ -5,6 +5,7 @@ import time
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Annotated
 
@@ -17,7 +18,7 @@ from onesearch.progress import Meter, track
 from service.events import Event, Exposure, period, read_entries
 from service.journal import JOURNAL, Journal
 from service.log_export import Log, item_rows, numbered, read_searches, recall_rows, user_rows
-from service.log_tables import ITEMS, RECALL, USERS, read_rows, write_tables
+from service.log_tables import ITEMS, RECALL, USERS, must_be_new, read_rows, write_tables
 from service.settings import Settings, load_settings
 from service.store import open_store
 
@@ -58,9 +59,10 @@ def export(
     retention ends, and in DATA.
     """
     settings = load_settings(state=state, catalog=catalog)
-    if out.exists():
-        raise DataError(str(out), ["exists already, expected a name for a new data set"])
-    if next(read_rows(data, ITEMS), None) is None:
+    must_be_new(out)
+    items = read_rows(data, ITEMS)
+    first = next(items, None)
+    if first is None:
         raise DataError(str(data), ["has no items table, expected the tables that the served bundle was made of"])
     changes = _changes(settings.catalog, must_be=catalog is not None)
     log, profiles = asyncio.run(_read(settings))
@@ -73,7 +75,7 @@ def export(
     )
     sessions = numbered("request ids", searches, keep_numbers=False)
     tables = {
-        ITEMS: item_rows(read_rows(data, ITEMS), changes),
+        ITEMS: item_rows(chain((first,), items), changes),
         USERS: user_rows(read_rows(data, USERS), {users[n]: p for n, p in profiles.items() if n in users}),
         RECALL: track(
             recall_rows(

@@ -34,12 +34,17 @@ def read_rows(folder: Path, table: str) -> Iterator[Row]:
         yield {name: value for name, value in row.items() if value is not None}
 
 
+def must_be_new(out: Path) -> None:
+    """Raises DataError if a folder is there already."""
+    if out.exists():
+        raise DataError(str(out), ["exists already, expected a name for a new data set"])
+
+
 def write_tables(out: Path, tables: Mapping[str, Iterable[Row]], copied: Path) -> dict[str, int]:
     """Write tables as JSON lines into the new folder `out`, which appears whole or not at all, and copy those of the
     folder `copied` that the service knows nothing of; how many rows each one has got. Raises DataError if `out` exists.
     """
-    if out.exists():
-        raise DataError(str(out), ["exists already, expected a name for a new data set"])
+    must_be_new(out)
     parts = out.with_name(f".{out.name}.partial")
     shutil.rmtree(parts, ignore_errors=True)
     parts.mkdir(parents=True)
